@@ -1,0 +1,364 @@
+"""Make short problems whose solutions think step by step before they answer.
+
+Three kinds of problem, each written as one JSON object with the keys ``task``, ``prompt``,
+``completion`` (``<think>...</think>`` and then the answer) and ``answer``:
+
+* ``mathematics``: an expression or a short story that takes three steps of arithmetic;
+* ``code``: what a small Python program prints, with its variables traced line by line;
+* ``knowledge``: questions that chain two or three facts of one invented, fixed world.
+
+A problem belongs to the training or the held-out side by a hash of what it asks, so that the two
+sides cannot share a prompt whatever the seed. For ``knowledge`` the hash is taken over pairs of
+facts: a pair kept for the held-out side is never chained in a training problem, while every
+single fact is asked on the training side.
+
+    python demo/problems.py --out data --train 20000 --heldout 600 --seed 0
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TASKS = ("mathematics", "code", "knowledge")
+SPLITS = ("train", "heldout")
+
+_MAX_VALUE = 99
+_HELDOUT_ONE_IN = 8
+_WORLD_SEED = 2718
+
+_PERSON_LINKS = ("friend", "teacher")
+_LINKS = {"town": ("river", "crop"), "guild": ("tool", "color"), "pet": ("food", "trick")}
+_COUNTS = {
+    "person": 32, "town": 8, "guild": 8, "pet": 8,
+    "river": 6, "crop": 6, "tool": 6, "color": 6, "food": 6, "trick": 6,
+}  # fmt: skip
+
+
+def completion_of(thinking: str, answer: str) -> str:
+    """Return the text a model should write: the thinking, closed, and then the answer."""
+    return f"<think>{thinking}</think>{answer}"
+
+
+def _problem(task: str, prompt: str, thinking: str, answer: str) -> dict[str, str]:
+    completion = completion_of(thinking, answer)
+    return {"task": task, "prompt": prompt, "completion": completion, "answer": answer}
+
+
+def _split_of(key: str) -> str:
+    """Return the side a key belongs to; it depends on nothing but the key."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return "heldout" if digest[0] % _HELDOUT_ONE_IN == 0 else "train"
+
+
+# --- mathematics -------------------------------------------------------------------------------
+
+
+def _apply(left: int, op: str, right: int) -> int | None:
+    """Return the value of one step, or None where the step is not allowed."""
+    if op == "*":
+        fits = min(left, right) in range(2, 6) and max(left, right) <= 20
+        value = left * right if fits else -1
+    else:
+        value = left + right if op == "+" else left - right
+    return value if 0 <= value <= _MAX_VALUE else None
+
+
+def _expression(rng: random.Random, ops: int, steps: list[str]) -> tuple[str, int]:
+    """Return a random expression with its value, appending its steps in order of evaluation."""
+    if ops == 0:
+        value = rng.randint(1, 12)
+        return str(value), value
+    left_ops = rng.randrange(ops)
+    while True:
+        tried: list[str] = []
+        left_text, left = _expression(rng, left_ops, tried)
+        right_text, right = _expression(rng, ops - 1 - left_ops, tried)
+        op = rng.choice("+-*")
+        value = _apply(left, op, right)
+        if value is not None:
+            break
+    steps += [*tried, f"{left}{op}{right}={value}"]
+    left_text = f"({left_text})" if left_ops else left_text
+    right_text = f"({right_text})" if ops - 1 - left_ops else right_text
+    return f"{left_text}{op}{right_text}", value
+
+
+def _expression_problem(rng: random.Random) -> dict[str, str]:
+    steps: list[str] = []
+    text, value = _expression(rng, 3, steps)
+    return _problem("mathematics", f"What is {text}?", ", ".join(steps), str(value))
+
+
+_VERBS = (("found", "+"), ("got", "+"), ("ate", "-"), ("lost", "-"))
+_MULTIPLES = (("doubled", 2), ("tripled", 3))
+
+
+def _story_step(rng: random.Random, value: int) -> tuple[str, str, int] | None:
+    """Return one step of a story: its words, the step as arithmetic, and the value after it."""
+    if rng.random() < 0.3:
+        verb, number = rng.choice(_MULTIPLES)
+        op, words = "*", f"{verb} them"
+    else:
+        verb, op = rng.choice(_VERBS)
+        number = rng.randint(1, 12)
+        words = f"{verb} {number}"
+    after = _apply(value, op, number)
+    return None if after is None else (words, f"{value}{op}{number}={after}", after)
+
+
+def _story_problem(rng: random.Random) -> dict[str, str]:
+    value = rng.randint(2, 20)
+    words = [f"I had {value} {rng.choice(('figs', 'nuts', 'eggs'))}"]
+    steps: list[str] = []
+    while len(steps) < 3:
+        step = _story_step(rng, value)
+        if step is not None:
+            words.append(step[0])
+            steps.append(step[1])
+            value = step[2]
+    prompt = ", ".join(words) + ". How many?"
+    return _problem("mathematics", prompt, ", ".join(steps), str(value))
+
+
+def mathematics_problem(rng: random.Random) -> dict[str, str]:
+    """Return one problem of three arithmetic steps, as an expression or as a short story."""
+    return rng.choice((_expression_problem, _story_problem))(rng)
+
+
+# --- code --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Program:
+    """A program under construction: its lines, its variables now, and the trace so far."""
+
+    lines: list[str]
+    values: dict[str, int]
+    trace: list[str]
+
+    def set_constant(self, name: str, value: int) -> None:
+        self.lines.append(f"{name}={value}")
+        self.values[name] = value
+        self.trace.append(f"{name}={value}")
+
+    def run(self, name: str, op: str, operand: str) -> bool:
+        """Run ``name = name op operand``, where the value after it is an allowed one."""
+        left = self.values[name]
+        right = self.values[operand] if operand in self.values else int(operand)
+        value = _apply(left, op, right)
+        if value is None:
+            return False
+        self.values[name] = value
+        self.trace.append(f"{name}={left}{op}{right}={value}")
+        return True
+
+
+def _assign(rng: random.Random, program: _Program, indent: str = "") -> tuple[str, str, str]:
+    """Return a random ``name, op, operand`` and write its line, without running it."""
+    name, other = rng.sample(sorted(program.values), 2)
+    operand = rng.choice((other, str(rng.randint(1, 9))))
+    op = rng.choice("+-")
+    program.lines.append(f"{indent}{name}={name}{op}{operand}")
+    return name, op, operand
+
+
+def _plain_block(rng: random.Random, program: _Program) -> bool:
+    return program.run(*_assign(rng, program)) and program.run(*_assign(rng, program))
+
+
+def _if_block(rng: random.Random, program: _Program) -> bool:
+    name, other = rng.sample(sorted(program.values), 2)
+    left, right = program.values[name], program.values[other]
+    sign = rng.choice("<>")
+    holds = left < right if sign == "<" else left > right
+    program.lines.append(f"if {name}{sign}{other}:")
+    program.trace.append(f"{left}{sign}{right} {'yes' if holds else 'no'}")
+    then = _assign(rng, program, " ")
+    program.lines.append("else:")
+    otherwise = _assign(rng, program, " ")
+    return program.run(*(then if holds else otherwise))
+
+
+def _loop_block(rng: random.Random, program: _Program) -> bool:
+    times = rng.randint(2, 3)
+    program.lines.append(f"for i in range({times}):")
+    step = _assign(rng, program, " ")
+    return all(program.run(*step) for _ in range(times))
+
+
+def _try_program(rng: random.Random) -> _Program | None:
+    names = rng.sample("abcxyz", 2)
+    program = _Program([], {}, [])
+    for name in names:
+        program.set_constant(name, rng.randint(1, 20))
+    block = rng.choice((_plain_block, _if_block, _loop_block))
+    return program if block(rng, program) else None
+
+
+def code_problem(rng: random.Random) -> dict[str, str]:
+    """Return one problem that asks what a small program prints."""
+    program = None
+    while program is None:
+        program = _try_program(rng)
+    changed = program.trace[-1].partition("=")[0]
+    name = changed if rng.random() < 0.75 else rng.choice(sorted(program.values))
+    source = "\n".join([*program.lines, f"print({name})"])
+    thinking = ", ".join(program.trace)
+    return _problem("code", f"Run:\n{source}", thinking, str(program.values[name]))
+
+
+# --- knowledge ---------------------------------------------------------------------------------
+
+Fact = tuple[str, str, str]
+
+
+def _words(rng: random.Random, length: int, count: int, taken: set[str]) -> list[str]:
+    """Return new pronounceable words, none of them in ``taken``, and add them to it."""
+    choices = list(itertools.islice(itertools.cycle(("bdfgklmnprstvz", "aeiou")), length))
+    found: list[str] = []
+    while len(found) < count:
+        word = "".join(rng.choice(choice) for choice in choices)
+        if word not in taken:
+            taken.add(word)
+            found.append(word.capitalize())
+    return found
+
+
+def world() -> dict[tuple[str, str], str]:
+    """Return the one invented world: the value of every (thing, relation), always the same."""
+    rng = random.Random(_WORLD_SEED)
+    taken: set[str] = set()
+    lengths = {kind: 4 if kind == "person" else 3 for kind in _COUNTS}
+    things = {kind: _words(rng, lengths[kind], count, taken) for kind, count in _COUNTS.items()}
+    facts: dict[tuple[str, str], str] = {}
+    for person in things["person"]:
+        others = [other for other in things["person"] if other != person]
+        for relation in _PERSON_LINKS:
+            facts[person, relation] = rng.choice(others)
+        for relation in _LINKS:
+            facts[person, relation] = rng.choice(things[relation])
+    for kind, relations in _LINKS.items():
+        for thing, relation in itertools.product(things[kind], relations):
+            facts[thing, relation] = rng.choice(things[relation])
+    return facts
+
+
+def _chain(facts: dict[tuple[str, str], str], start: str, path: tuple[str, ...]) -> list[Fact]:
+    """Return the facts that lead from a thing along a path of relations."""
+    chain: list[Fact] = []
+    for relation in path:
+        value = facts[start, relation]
+        chain.append((start, relation, value))
+        start = value
+    return chain
+
+
+def _paths() -> list[tuple[str, ...]]:
+    """Return the chains of relations, from a person, that questions ask about."""
+    ends = [(first, last) for first, lasts in _LINKS.items() for last in lasts]
+    people = [(link, first) for link in _PERSON_LINKS for first in _LINKS]
+    return [*ends, *people, *((link, *end) for link in _PERSON_LINKS for end in ends)]
+
+
+def chain_split(chain: list[Fact]) -> str:
+    """Return the side of a chain: held out if any two neighbouring facts of it are."""
+    pairs = itertools.pairwise(chain)
+    sides = {_split_of(json.dumps(pair)) for pair in pairs}
+    return "heldout" if "heldout" in sides else "train"
+
+
+def _knowledge_problem(chain: list[Fact], possessive: bool) -> dict[str, str]:
+    start, relations = chain[0][0], [relation for _, relation, _ in chain]
+    if possessive:
+        asked = f"{start}'s " + "'s ".join(relations)
+    else:
+        asked = "the " + " of the ".join(reversed(relations)) + f" of {start}"
+    thinking = " ".join(f"{relation} of {thing} is {value}." for thing, relation, value in chain)
+    return _problem("knowledge", f"What is {asked}?", thinking, chain[-1][2])
+
+
+def knowledge_problems(split: str) -> list[dict[str, str]]:
+    """Return every knowledge problem of one side; single facts are on the training side."""
+    facts = world()
+    people = dict.fromkeys(thing for thing, relation in facts if relation in _PERSON_LINKS)
+    chains = [_chain(facts, person, path) for person in people for path in _paths()]
+    chosen = [chain for chain in chains if chain_split(chain) == split]
+    if split == "train":
+        chosen += [[(thing, relation, value)] for (thing, relation), value in facts.items()]
+    return [_knowledge_problem(chain, form) for chain in chosen for form in (False, True)]
+
+
+# --- data sets ---------------------------------------------------------------------------------
+
+_MAKERS: dict[str, Callable[[random.Random], dict[str, str]]] = {
+    "mathematics": mathematics_problem,
+    "code": code_problem,
+}
+
+
+def _drawn(rng: random.Random, task: str, split: str) -> Iterator[dict[str, str]]:
+    """Yield different problems of a task from one side, for as long as they are asked for."""
+    seen: set[str] = set()
+    while True:
+        problem = _MAKERS[task](rng)
+        if problem["prompt"] not in seen and _split_of(problem["prompt"]) == split:
+            seen.add(problem["prompt"])
+            yield problem
+
+
+def _listed(rng: random.Random, split: str) -> Iterator[dict[str, str]]:
+    """Yield the knowledge problems of a side in random order; the training side starts again."""
+    problems = knowledge_problems(split)
+    while True:
+        yield from rng.sample(problems, len(problems))
+        if split == "heldout":
+            return
+
+
+def make_problems(count: int, split: str, seed: int) -> list[dict[str, str]]:
+    """Return ``count`` problems of one side, an equal share for each task, in random order.
+
+    The same arguments always give the same problems. Held-out problems are all different.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
+    rng = random.Random(f"{split}-{seed}")
+    chosen: list[dict[str, str]] = []
+    for index, task in enumerate(TASKS):
+        share = (count + index) // len(TASKS)
+        source = _listed(rng, split) if task == "knowledge" else _drawn(rng, task, split)
+        problems = list(itertools.islice(source, share))
+        if len(problems) < share:
+            raise ValueError(f"there are {len(problems)} {split} {task} problems, not {share}")
+        chosen += problems
+    rng.shuffle(chosen)
+    return chosen
+
+
+def write_jsonl(path: Path, problems: list[dict[str, str]]) -> None:
+    """Write problems to a file, one JSON object a line."""
+    path.write_text("".join(json.dumps(problem) + "\n" for problem in problems), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write ``train.jsonl`` and ``heldout.jsonl`` to a folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--train", type=int, default=20000, help="number of training problems")
+    parser.add_argument("--heldout", type=int, default=600, help="number of held-out problems")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", args.train), ("heldout", args.heldout)):
+        write_jsonl(args.out / f"{split}.jsonl", make_problems(count, split, args.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Model cards: the README.md that goes into every folder we write."""
+
+from star_elastic.layout import Layout
+from star_elastic.submodel import ElasticSpace, Submodel
+
+UNTRAINED = "reordered, never trained: not elastic, expect little of it"
+
+
+def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
+    """The card of an elastic checkpoint: its sizes and how to get at them."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [star-elastic, elastic]",
+        "---",
+        "",
+        "# An elastic checkpoint",
+        "",
+        f"A `{layout.config.model_type}` parent in nested order: every size below is inside its "
+        "weights. Stock transformers loads the parent; `star-elastic` loads or slices any size.",
+        "",
+        *size_table(space.submodels),
+        "",
+        "    star-elastic slice . --size NAME --out DIR",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def of_slice(source: str, size: Submodel) -> str:
+    """The card of a stock folder that was cut out of an elastic checkpoint."""
+    fields = ", ".join(f"{field} = {value}" for field, value in size.config.items())
+    state = "trained jointly with the other sizes" if size.trained else UNTRAINED
+    lines = [
+        "---",
+        "library_name: transformers",
+        "---",
+        "",
+        f"# {source}, size {size.name}",
+        "",
+        f"Cut out of the elastic checkpoint `{source}` with no further training"
+        f" ({fields or 'the whole parent'}); {state}.",
+        "",
+        *size_table([size]),
+        "",
+        "    AutoModelForCausalLM.from_pretrained(DIR)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def size_table(sizes: list[Submodel]) -> list[str]:
+    """Markdown rows: counts, state and measured quality per size."""
+    columns = sorted({f"{t} {m}" for s in sizes for t, q in s.quality.items() for m in q})
+    head = ["size", "total", "active", "trained", *columns]
+    rows = [head, ["---"] * len(head)]
+    for size in sizes:
+        quality = {f"{t} {m}": v for t, q in size.quality.items() for m, v in q.items()}
+        rows.append(
+            [
+                size.name,
+                f"{size.total_params:,}",
+                f"{size.active_params:,}",
+                "yes" if size.trained else "no",
+                *(f"{quality[c]:.3f}" if c in quality else "" for c in columns),
+            ]
+        )
+    return [f"| {' | '.join(row)} |" for row in rows]

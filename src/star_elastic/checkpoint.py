@@ -1,0 +1,256 @@
+"""The elastic checkpoint: an ordinary Hugging Face folder plus `elastic_config` (docs/format.md).
+
+`Checkpoint.open` reads configs and headers only, and refuses a folder that lies; `write` makes a
+checkpoint out of a parent in memory; `slice_checkpoint` cuts a stock folder of one size out of it.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from star_elastic import card, stock
+from star_elastic.folder import (
+    CheckpointError,
+    Stored,
+    atomic_folder,
+    digest,
+    read_json,
+    stored_tensors,
+    write_json,
+    write_tensors,
+)
+from star_elastic.layout import Layout, Sizes, take
+from star_elastic.submodel import ElasticSpace, Submodel, check_fields, submodel
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_KEPT = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt")
+_GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified folder: its parent's config and layout, its sizes, and where each tensor is.
+
+    A plain model folder (no `elastic_config`) opens too; its only size is the parent, `full`.
+    """
+
+    path: Path
+    config: Any
+    layout: Layout
+    space: ElasticSpace
+    stored: Mapping[str, Stored]
+    is_elastic: bool
+
+    @classmethod
+    def open(cls, path: str | Path, check_digests: bool = True) -> "Checkpoint":
+        """Verify names, shapes, dtypes and elastic metadata; read no weights but to digest them.
+
+        Args:
+            path: a folder, or a repository id of the Hugging Face hub.
+
+        Raises:
+            CheckpointError: one line naming file, and tensor or field.
+        """
+        folder = _local(path)
+        config_path = folder / "config.json"
+        raw = read_json(config_path)
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            layout = Layout(config)
+        except Exception as error:
+            raise CheckpointError(f"{config_path}: {_one_line(error)}") from None
+        space = _space(config_path, raw.get("elastic_config"), layout)
+        stored = stored_tensors(folder)
+        _check_tensors(folder, config, layout, stored)
+        if check_digests:
+            _check_digests(folder, space)
+        return cls(folder, config, layout, space, stored, "elastic_config" in raw)
+
+    def size(self, name: str) -> Submodel:
+        """A named size.
+
+        Raises:
+            CheckpointError: no such name; lists those there are.
+        """
+        try:
+            return self.space.sizes[name]
+        except KeyError:
+            names = ", ".join(self.space.sizes)
+            raise CheckpointError(f"{self.path}: no size {name!r}; there are {names}") from None
+
+    def tensors(self, child: Sizes | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a submodel, one at a time, read from the parent's files."""
+        child = child or self.layout.sizes
+        experts = child.get(self.layout.family.experts or "", 0)
+        opened: tuple[str, Any] = ("", None)
+        for name, weight in self.layout.stored.items():
+            if weight.expert is not None and weight.expert >= experts:
+                continue
+            file = self.stored[name].file
+            if file != opened[0]:
+                opened = (file, safe_open(self.path / file, framework="pt"))
+            yield name, take(opened[1].get_tensor(name), weight, self.layout.sizes, child)
+
+    def disk_bytes(self, child: Sizes | None = None) -> int:
+        """Bytes of weights that a folder of this size takes on disk."""
+        child = child or self.layout.sizes
+        experts = child.get(self.layout.family.experts or "", 0)
+        return sum(
+            torch.Size(weight.shape(child)).numel() * _itemsize(self.stored[name])
+            for name, weight in self.layout.stored.items()
+            if weight.expert is None or weight.expert < experts
+        )
+
+
+def write(
+    target: str | Path,
+    state: Mapping[str, Tensor],
+    layout: Layout,
+    space: ElasticSpace | None,
+    source: Path | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Write a parent in memory as a checkpoint, atomically.
+
+    Args:
+        state: the parent's state dict, in nested order.
+        space: its sizes; None writes a plain model folder.
+        source: the folder whose tokenizer, generation config and licence go along.
+        tokenizer: goes along where there is no such folder.
+
+    Raises:
+        FileExistsError: the target exists and `overwrite` is false.
+    """
+    with atomic_folder(Path(target), overwrite) as folder:
+        tensors = ((name, layout.view(state, weight)) for name, weight in layout.stored.items())
+        digests = write_tensors(folder, tensors, max_shard_size)
+        values = stock.config_json(layout.config)
+        values.pop("elastic_config", None)
+        values["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        if space is not None:
+            space = space.model_copy(update={"digests": digests})
+            values["elastic_config"] = space.model_dump()
+            (folder / "README.md").write_text(card.of_checkpoint(layout, space), "utf-8")
+        write_json(folder / "config.json", values)
+        if source is not None:
+            _copy_companions(source, folder)
+        elif tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def slice_checkpoint(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    size: str | None = None,
+    fields: Mapping[str, int] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int = 5 * 10**9,
+) -> Submodel:
+    """Cut one size out into a stock folder that loads without this package.
+
+    Exactly one of `size` (a name) and `fields` (config fields) says which.
+
+    Raises:
+        CheckpointError: no such size.
+        ValueError: a size this parent cannot hold, or that the stock class cannot express.
+        FileExistsError: the target exists and `overwrite` is false.
+    """
+    if (size is None) == (fields is None):
+        raise ValueError("slice: say either a size's name or config fields")
+    if Path(target).absolute() == checkpoint.path.absolute():
+        raise ValueError(f"slice: {target} is the checkpoint itself")
+    if size is not None:
+        cut = checkpoint.size(size)
+    else:
+        check_fields(checkpoint.layout, fields or {})
+        cut = submodel(checkpoint.layout, "custom", fields or {}, trained=False)
+    config = stock.child_config(checkpoint.config, cut.config)
+    with atomic_folder(Path(target), overwrite) as folder:
+        child = checkpoint.layout.sizes_of(cut.config)
+        write_tensors(folder, checkpoint.tensors(child), max_shard_size)
+        write_json(folder / "config.json", stock.config_json(config))
+        (folder / "README.md").write_text(card.of_slice(checkpoint.path.name, cut), "utf-8")
+        _copy_companions(checkpoint.path, folder)
+    return cut
+
+
+def _local(path: str | Path) -> Path:
+    if Path(path).exists():
+        return Path(path)
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", *_KEPT]))
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: neither a folder nor a reachable repository ({_one_line(error)})"
+        ) from None
+
+
+def _space(path: Path, declared: Any, layout: Layout) -> ElasticSpace:
+    if declared is None:
+        return ElasticSpace.of(layout, {"full": {}}, trained=True)
+    try:
+        if isinstance(declared, dict) and declared.get("format_version") != 1:
+            raise ValueError(f"format_version: unknown version {declared.get('format_version')!r}")
+        space = ElasticSpace.model_validate(declared)
+        space.check(layout)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path}: elastic_config.{field}: {first['msg']}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: elastic_config: {error}") from None
+    return space
+
+
+def _check_tensors(
+    folder: Path, config: Any, layout: Layout, stored: Mapping[str, Stored]
+) -> None:
+    allowed = {"float32", str(getattr(config, "dtype", None)).removeprefix("torch.")}
+    for name, weight in layout.stored.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder}: {name}: missing")
+        file, dtype, shape = stored[name]
+        if shape != (expected := weight.shape(layout.sizes)):
+            raise CheckpointError(f"{folder / file}: {name}: shape {shape}, expected {expected}")
+        if _DTYPES.get(dtype) not in allowed:
+            raise CheckpointError(
+                f"{folder / file}: {name}: dtype {dtype}, expected {' or '.join(sorted(allowed))}"
+            )
+    spare = {*layout.family.tied} if getattr(config, "tie_word_embeddings", False) else set()
+    for name in stored.keys() - layout.stored.keys() - spare:
+        if not name.startswith(layout.family.ignored or ("\0",)):
+            raise CheckpointError(f"{folder / stored[name].file}: {name}: no such tensor in the model")
+
+
+def _check_digests(folder: Path, space: ElasticSpace) -> None:
+    for file, expected in space.digests.items():
+        path = folder / file
+        if Path(file).name != file or not path.is_file():
+            raise CheckpointError(f"{folder / 'config.json'}: elastic_config.digests: {file!r}")
+        if digest(path) != expected:
+            raise CheckpointError(f"{path}: digest differs from elastic_config.digests")
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    for pattern in (*_KEPT, _GENERATION, "LICENSE*"):
+        for path in source.glob(pattern):
+            shutil.copy(path, target / path.name)
+
+
+def _itemsize(stored: Stored) -> int:
+    return getattr(torch, _DTYPES[stored.dtype]).itemsize
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,350 @@
+"""Named shapes: every weight of a model, from its family's table and its config.
+
+From here, and from nowhere else, come tensor names, shapes, the index of a submodel inside its
+parent, parameter counts and memory. Evaluate one named shape under the parent's sizes and under a
+submodel's smaller sizes: the submodel keeps the leading corner of every factor of every segment.
+
+Glossary
+    symbol    a config field (`hidden_size`), or one derived from fields (`queries`)
+    segment   symbols multiplied, outermost first: `n_groups*mamba_heads*mamba_head_dim`
+    dim       segments concatenated: `z + x + B + C + dt`
+    sizes     {symbol: number}; tensors work as numbers, so that counts can be differentiated
+    run       (start, length) of consecutive indices kept on one dimension
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_elastic.families import FAMILIES, Family
+
+Segment = tuple[str, ...]
+Dim = tuple[Segment, ...]
+Sizes = Mapping[str, Any]
+Run = tuple[int, int]
+
+_SHAPE = re.compile(r"^(?P<dims>.+?)(?: if (?P<flags>.+))?$")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor: its name, its named shape, and where it sits in the in-memory model.
+
+    `place` is (in-memory name, segment of a fused tensor's first inner dimension).
+    """
+
+    name: str
+    dims: tuple[Dim, ...]
+    layer: int | None
+    expert: int | None
+    place: tuple[str, int]
+    suffix: str  # the name inside its layer, as the family's table writes it
+    is_buffer: bool = False
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """The sizes of all dimensions, e.g. (10304, 2688)."""
+        return tuple(width(dim, sizes) for dim in self.dims)
+
+
+def width(dim: Dim, sizes: Sizes) -> Any:
+    """The size of one dimension: a sum of products; differentiable if `sizes` holds tensors."""
+    return sum(prod(_value(symbol, sizes) for symbol in segment) for segment in dim)
+
+
+def runs(dim: Dim, parent: Sizes, child: Sizes) -> list[Run]:
+    """The indices of the parent's dimension that the child keeps, as merged (start, length)."""
+    kept: list[Run] = []
+    start = 0
+    for segment in dim:
+        outer = [_value(symbol, parent) for symbol in segment]
+        inner = [_value(symbol, child) for symbol in segment]
+        for offset, length in _corner(outer, inner):
+            _append(kept, (start + offset, length))
+        start += prod(outer)
+    return kept
+
+
+def take(tensor: Tensor, weight: Weight, parent: Sizes, child: Sizes) -> Tensor:
+    """The child's part of the parent's tensor: a view wherever one run suffices, else a copy.
+
+    Differentiable: gradients of the part flow into the whole.
+    """
+    for position, dim in enumerate(weight.dims):
+        kept = runs(dim, parent, child)
+        if kept == [(0, tensor.shape[position])]:
+            continue
+        pieces = [tensor.narrow(position, *run) for run in kept]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, position)
+    return tensor
+
+
+class Layout:
+    """The named shapes of one config: `stored` as published on disk, `weights` as held in memory.
+
+    The two differ where stock classes fuse experts into one tensor, and in the name's prefix.
+    """
+
+    def __init__(self, config: Any):
+        self.family = family_of(config)
+        self.config = config
+        self.sizes: dict[str, int] = resolve(self.family, config)
+        self.blocks = self.family.blocks(config)
+        self._alias = {
+            symbol: next(name for name in text.split(" or ") if self.sizes.get(name))
+            for symbol, text in self.family.derived.items()
+            if " or " in text
+        }
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The config fields that may shrink in this very model: some weight's shape has them."""
+        weights = self.weights.values()
+        used = {symbol for w in weights for dim in w.dims for seg in dim for symbol in seg}
+        if self.family.experts in used:
+            used.add(self.family.top_k)
+        if getattr(self.config, "n_group", 1) > 1:  # a prefix of experts would break gate groups
+            used.discard(self.family.experts or "")
+        return tuple(axis for axis in self.family.axes if symbol_of(self.family, axis) in used)
+
+    @cached_property
+    def stored(self) -> dict[str, Weight]:
+        """Every tensor of the published checkpoint by its name on disk."""
+        return {weight.name: weight for weight in self._stored()}
+
+    @cached_property
+    def weights(self) -> dict[str, Weight]:
+        """Every tensor of the stock class's state dict by its name in memory."""
+        weights: dict[str, Weight] = {}
+        for weight in self.stored.values():
+            name, part = weight.place
+            if weight.expert is None:
+                weights[name] = replace(weight, name=name)
+            elif weight.expert == 0:
+                inner = weights[name].dims[1] + weight.dims[0] if part else weight.dims[0]
+                experts: Dim = ((self._experts,),)
+                dims = (experts, inner, *weight.dims[1:])
+                weights[name] = replace(weight, name=name, dims=dims, expert=None)
+        return weights
+
+    def sizes_of(self, fields: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of a submodel: this config with some fields replaced."""
+        return resolve(self.family, self.config, fields)
+
+    def view(self, state: Mapping[str, Tensor], weight: Weight) -> Tensor:
+        """The part of an in-memory tensor that is stored on disk as `weight`."""
+        name, part = weight.place
+        tensor = state[name]
+        if weight.expert is None:
+            return tensor
+        inner = self.weights[name].dims[1]
+        start = width(inner[:part], self.sizes)
+        return tensor[weight.expert].narrow(0, start, width(weight.dims[0], self.sizes))
+
+    def take(self, name: str, tensor: Tensor, child: Sizes) -> Tensor:
+        """The child's part of the in-memory tensor `name`."""
+        return take(tensor, self.weights[name], self.sizes, child)
+
+    def count(self, sizes: Sizes | None = None) -> Any:
+        """Parameters of a submodel, embeddings included, buffers not."""
+        sizes = sizes or self.sizes
+        return sum(prod(weight.shape(sizes)) for weight in self._parameters())
+
+    def count_active(self, sizes: Sizes | None = None) -> Any:
+        """Parameters one token uses: `top_k` of the routed experts and everything else."""
+        sizes = sizes or self.sizes
+        return sum(prod(weight.shape(self._routed(weight, sizes))) for weight in self._parameters())
+
+    def cache_shapes(self, sizes: Sizes | None = None) -> dict[str, tuple[int, ...]]:
+        """State of one sequence, `layer.kind` -> shape; `token.*` shapes are per token."""
+        sizes = sizes or self.sizes
+        return {
+            f"{layer}.{kind}": tuple(width(dim, sizes) for dim in _dims(text))
+            for layer, parts in enumerate(self.blocks)
+            for part in parts
+            for kind, text in self.family.cache.get(part, {}).items()
+        }
+
+    def cache_bytes_per_token(self, sizes: Sizes | None = None, itemsize: int = 2) -> int:
+        """Bytes that one more token of context adds to the KV cache."""
+        return sum(
+            itemsize * prod(shape)
+            for kind, shape in self.cache_shapes(sizes).items()
+            if ".token." in kind
+        )
+
+    def cache_bytes(
+        self, context: int, batch: int = 1, sizes: Sizes | None = None, itemsize: int = 2
+    ) -> dict[str, int]:
+        """Bytes of KV, conv and SSM state for `batch` sequences of `context` tokens.
+
+        The SSM state has the dtype of the config's `mamba_ssm_cache_dtype` (fp32 by default).
+        """
+        dtype = getattr(torch, getattr(self.config, "mamba_ssm_cache_dtype", "float32"))
+        held = {"kv": context * batch * self.cache_bytes_per_token(sizes, itemsize)}
+        for state, size in (("conv", itemsize), ("ssm", dtype.itemsize)):
+            held[state] = sum(
+                batch * size * prod(shape)
+                for kind, shape in self.cache_shapes(sizes).items()
+                if kind.endswith(f".{state}")
+            )
+        return held
+
+    def memory(
+        self, context: int, batch: int = 1, sizes: Sizes | None = None, itemsize: int = 2
+    ) -> int:
+        """Bytes to run a submodel: weights, KV cache, conv and SSM state."""
+        state = self.cache_bytes(context, batch, sizes, itemsize)
+        return itemsize * self.count(sizes) + sum(state.values())
+
+    @property
+    def _experts(self) -> str:
+        assert self.family.experts is not None
+        return self.family.experts
+
+    def _parameters(self) -> Iterator[Weight]:
+        return (weight for weight in self.weights.values() if not weight.is_buffer)
+
+    def _routed(self, weight: Weight, sizes: Sizes) -> Sizes:
+        if weight.suffix not in self._fused_parts:
+            return sizes
+        return {**sizes, self._experts: sizes[self.family.top_k]}
+
+    @cached_property
+    def _fused_parts(self) -> dict[str, tuple[str, int]]:
+        """Published per-expert suffix -> (fused suffix in memory, its segment there)."""
+        return {
+            stored: (fused, part)
+            for fused, parts in self.family.fused.items()
+            for part, stored in enumerate(parts)
+        }
+
+    def _stored(self) -> Iterator[Weight]:
+        for name, text in self.family.outside.items():
+            if not (name in self.family.tied and self.config.tie_word_embeddings):
+                yield from self._expand("", name, text, None)
+        for layer, parts in enumerate(self.blocks):
+            prefix = self.family.layer_prefix.format(layer=layer)
+            for part in parts:
+                for suffix, text in self.family.parts[part].items():
+                    yield from self._expand(prefix, suffix, text, layer)
+
+    def _expand(self, prefix: str, suffix: str, text: str, layer: int | None) -> Iterator[Weight]:
+        match = _SHAPE.match(text)
+        assert match is not None, text
+        flags = (match["flags"] or "").split(" and ") if match["flags"] else []
+        if not all(getattr(self.config, flag) for flag in flags):
+            return
+        dims = _dims(match["dims"])
+        fused, part = self._fused_parts.get(suffix, (suffix, 0))
+        is_buffer = suffix in self.family.buffers
+        brace = "{" + self.family.experts + "}" if self.family.experts else "{}"
+        dims = tuple(
+            tuple(tuple(self._alias.get(s, s) for s in segment) for segment in dim) for dim in dims
+        )
+        for expert in range(self.sizes[self._experts]) if brace in suffix else (None,):
+            name = prefix + suffix.replace(brace, str(expert))
+            place = (prefix + fused, part)
+            yield Weight(self._on_disk(name), dims, layer, expert, place, suffix, is_buffer)
+
+    def _on_disk(self, name: str) -> str:
+        memory, disk = self.family.disk_prefix or ("", "")
+        return disk + name.removeprefix(memory) if memory and name.startswith(memory) else name
+
+
+def family_of(config: Any) -> Family:
+    """The table of a config's `model_type`.
+
+    Raises:
+        ValueError: no table for this model type.
+    """
+    try:
+        return FAMILIES[config.model_type]
+    except KeyError:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(
+            f"config.json: model_type {config.model_type!r} has no table; known: {known}"
+        ) from None
+
+
+def resolve(
+    family: Family, config: Any, fields: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """All symbols of a family under a config, some fields replaced. Fields set to none are absent.
+
+    Raises:
+        ValueError: a ratio that does not divide (heads that do not fill their groups).
+    """
+    fields = fields or {}
+    sizes = {symbol: _field(config, symbol) for symbol in _symbols(family)}
+    sizes = {symbol: value for symbol, value in sizes.items() if value is not None}
+    sizes |= fields
+    for symbol, text in family.derived.items():
+        whole, _, groups = text.partition(" / ")
+        if whole not in sizes:  # an alias, or an axis this model does not have
+            continue
+        if sizes[whole] % sizes[groups]:
+            raise ValueError(
+                f"{whole} = {sizes[whole]} does not divide into {groups} = {sizes[groups]} groups"
+            )
+        sizes[symbol] = sizes[whole] // sizes[groups]
+    return sizes
+
+
+def symbol_of(family: Family, field: str) -> str:
+    """The symbol that shrinks with an axis: `num_attention_heads` shrinks `queries`."""
+    for symbol, text in family.derived.items():
+        if text.startswith(f"{field} / "):
+            return symbol
+    return field
+
+
+def _field(config: Any, field: str) -> Any:
+    if field == "head_dim":  # absent in some configs; a submodel must keep the parent's
+        heads = config.num_attention_heads
+        return getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, field, None)
+
+
+def _symbols(family: Family) -> set[str]:
+    texts = [text for part in family.parts.values() for text in part.values()]
+    texts += family.outside.values()
+    texts += [text for part in family.cache.values() for text in part.values()]
+    named = {symbol for text in texts for dim in _dims(text) for seg in dim for symbol in seg}
+    ratios = {name for text in family.derived.values() for name in re.split(r" / | or ", text)}
+    return {s for s in named | ratios | set(family.axes) if not s.isdigit()} - set(family.derived)
+
+
+def _dims(text: str) -> tuple[Dim, ...]:
+    text = text.split(" if ")[0]
+    return tuple(
+        tuple(tuple(s.strip() for s in segment.split("*")) for segment in dim.split("+"))
+        for dim in text.split(",")
+    )
+
+
+def _value(symbol: str, sizes: Sizes) -> Any:
+    return int(symbol) if symbol.isdigit() else sizes[symbol]
+
+
+def _corner(outer: list[int], inner: list[int]) -> list[Run]:
+    """Leading corner `inner` of a row-major block `outer`, as runs of the flat index."""
+    if outer == inner:
+        return [(0, prod(outer))]
+    stride = prod(outer[1:])
+    if outer[1:] == inner[1:]:
+        return [(0, inner[0] * stride)]
+    nested = _corner(outer[1:], inner[1:])
+    return [(unit * stride + start, length) for unit in range(inner[0]) for start, length in nested]
+
+
+def _append(kept: list[Run], run: Run) -> None:
+    if kept and sum(kept[-1]) == run[0]:
+        kept[-1] = (kept[-1][0], kept[-1][1] + run[1])
+    elif run[1]:
+        kept.append(run)

@@ -1,0 +1,128 @@
+"""A parent in memory, and any submodel of it as a stock transformers model on the same weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from star_elastic import checkpoint, stock
+from star_elastic.checkpoint import Checkpoint
+from star_elastic.layout import Layout
+from star_elastic.submodel import ElasticSpace, Submodel, check_fields
+
+
+class ElasticModel:
+    """One set of weights, every size.
+
+    `model["small"]` is a stock model whose parameters are views of the parent's; nothing is copied
+    where the kept part is a plain corner of the tensor, and `copied_bytes` tells where it was not.
+    A size is an object of its own, never a state of the parent: two may run at once.
+    """
+
+    def __init__(
+        self,
+        parent: PreTrainedModel,
+        space: ElasticSpace | None = None,
+        tokenizer: Any = None,
+        source: Path | None = None,
+    ):
+        self.parent = stock.mend(parent)
+        self.layout = Layout(parent.config)
+        self.space = space or ElasticSpace.of(self.layout, {"full": {}}, trained=True)
+        self.tokenizer = tokenizer
+        self.source = source
+        self._views: dict[str, PreTrainedModel] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | str = "auto",
+        device: str | None = None,
+        check_digests: bool = True,
+    ) -> "ElasticModel":
+        """Load an elastic checkpoint, or any model folder or hub id of a known family.
+
+        Raises:
+            CheckpointError: the folder is not what it says; see `Checkpoint.open`.
+        """
+        opened = Checkpoint.open(path, check_digests)
+        parent, info = AutoModelForCausalLM.from_pretrained(
+            opened.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        if lost := set(info["missing_keys"]) | set(info["mismatched_keys"]):
+            raise checkpoint.CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
+        has_tokenizer = (opened.path / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(opened.path) if has_tokenizer else None
+        parent = parent.to(device) if device else parent
+        return cls(parent.eval(), opened.space, tokenizer, opened.path)
+
+    @property
+    def sizes(self) -> dict[str, Submodel]:
+        """The named sizes: fields, counts, measured quality."""
+        return self.space.sizes
+
+    def __getitem__(self, name: str) -> PreTrainedModel:
+        if name not in self._views:
+            if name not in self.sizes:
+                raise KeyError(f"no size {name!r}; there are {', '.join(self.sizes)}")
+            self._views[name] = self.submodel(**self.sizes[name].config)
+        return self._views[name]
+
+    def submodel(self, **fields: int) -> PreTrainedModel:
+        """A stock model of any size, e.g. `submodel(hidden_size=96)`, on views of the parent.
+
+        Raises:
+            ValueError: a size this parent cannot hold, or that the stock class cannot express.
+        """
+        check_fields(self.layout, fields)
+        config = stock.child_config(self.parent.config, fields)
+        model = stock.build(config, device="meta").eval()
+        stock.set_tensors(model, self.narrowed(fields))
+        stock.share_constants(model, self.parent)
+        model.tie_weights()
+        if self.parent.generation_config is not None:
+            values = self.parent.generation_config.to_dict()
+            model.generation_config = GenerationConfig.from_dict(values)
+        return model
+
+    def narrowed(self, fields: Mapping[str, int]) -> dict[str, Tensor]:
+        """The submodel's tensors by in-memory name: views of the parent where possible.
+
+        Differentiable when the parent's parameters require gradients and grad mode is on.
+        """
+        child = self.layout.sizes_of(fields)
+        state = self.state
+        return {
+            name: self.layout.take(name, state[name], child)
+            for name in self.layout.weights
+        }
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The parent's tensors by in-memory name, as they are (not detached)."""
+        named = {**dict(self.parent.named_parameters()), **dict(self.parent.named_buffers())}
+        return {name: named[name] for name in self.layout.weights}
+
+    def copied_bytes(self, model: PreTrainedModel) -> int:
+        """Bytes of a submodel's weights that are not shared with the parent."""
+        owned = {tensor.untyped_storage().data_ptr() for tensor in self.state.values()}
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for tensor in model.state_dict().values()
+            if tensor.untyped_storage().data_ptr() not in owned
+        )
+
+    def save_pretrained(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the elastic checkpoint, atomically.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is false.
+        """
+        with torch.no_grad():
+            checkpoint.write(
+                path, self.state, self.layout, self.space, self.source, self.tokenizer, overwrite
+            )

@@ -1,0 +1,161 @@
+"""What a checkpoint says about itself: axes, choices, and the named submodels nested inside it.
+
+These are the models of `elastic_config` in `config.json` (docs/format.md). A submodel is a smaller
+config, nothing else: a set of config fields, each at most the parent's.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from star_elastic.layout import Layout
+
+FORMAT_VERSION = 1
+
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors; instances never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Axis(Strict):
+    """One config field that may shrink: the sizes it may take, and their common divisor."""
+
+    choices: list[int] = Field(min_length=1)
+    multiple_of: int = Field(default=1, ge=1)
+
+
+class Submodel(Strict):
+    """A named size: the fields in which it differs from the parent, what it costs, how good it is.
+
+    `quality` is {task: {metric: value}}, as measured; empty if nobody measured.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    config: dict[str, int] = {}
+    total_params: int
+    active_params: int
+    trained: bool
+    quality: dict[str, dict[str, float]] = {}
+
+
+class Training(Strict):
+    """Which run made the sizes: enough to cite it."""
+
+    recipe: str
+    steps: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+
+
+class ElasticSpace(Strict):
+    """The whole of `elastic_config`."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    axes: dict[str, Axis]
+    layer_order: list[int] | None = None
+    submodels: list[Submodel] = Field(min_length=1)
+    training: Training | None = None
+    digests: dict[str, str] = {}  # file name -> "sha256:..."
+
+    @classmethod
+    def of(
+        cls,
+        layout: Layout,
+        sizes: Mapping[str, Mapping[str, int]],
+        trained: bool = False,
+        training: Training | None = None,
+        multiple_of: Mapping[str, int] | None = None,
+    ) -> "ElasticSpace":
+        """The space spanned by some named sizes, e.g. {"full": {}, "small": {"hidden_size": 64}}.
+
+        Raises:
+            ValueError: a size this parent cannot hold; see `check_fields`.
+        """
+        multiple_of = multiple_of or {}
+        axes: dict[str, Axis] = {}
+        for field in layout.axes:
+            choices = {fields[field] for fields in sizes.values() if field in fields}
+            if choices:
+                choices.add(layout.sizes[field])
+                divisor = multiple_of.get(field, 1)
+                axes[field] = Axis(choices=sorted(choices), multiple_of=divisor)
+        submodels = [
+            submodel(layout, name, fields, trained=trained) for name, fields in sizes.items()
+        ]
+        space = cls(axes=axes, submodels=submodels, training=training)
+        space.check(layout)
+        return space
+
+    @property
+    def sizes(self) -> dict[str, Submodel]:
+        """The named submodels, in the order they were declared."""
+        return {submodel.name: submodel for submodel in self.submodels}
+
+    def check(self, layout: Layout) -> None:
+        """Hold this declaration against the parent it came with.
+
+        Raises:
+            ValueError: naming the field and the value that cannot be.
+        """
+        for field, axis in self.axes.items():
+            for choice in axis.choices:
+                _check_choice(layout, field, choice, axis.multiple_of)
+        if len(self.sizes) != len(self.submodels):
+            raise ValueError("submodels: two have the same name")
+        for each in self.submodels:
+            where = f"submodels.{each.name}"
+            for field, value in each.config.items():
+                if field not in self.axes:
+                    raise ValueError(f"{where}: {field} is not among the axes declared")
+                if value not in self.axes[field].choices:
+                    raise ValueError(f"{where}: {field} = {value} is not among its choices")
+            honest = submodel(layout, each.name, each.config, each.trained)
+            for count in ("total_params", "active_params"):
+                said, true = getattr(each, count), getattr(honest, count)
+                if said != true:
+                    raise ValueError(f"{where}: {count} says {said}, the shapes say {true}")
+
+
+def submodel(layout: Layout, name: str, fields: Mapping[str, int], trained: bool) -> Submodel:
+    """A submodel with its counts, after checking that this parent holds it."""
+    check_fields(layout, fields)
+    sizes = layout.sizes_of(fields)
+    return Submodel(
+        name=name,
+        config=dict(fields),
+        total_params=layout.count(sizes),
+        active_params=layout.count_active(sizes),
+        trained=trained,
+    )
+
+
+def check_fields(layout: Layout, fields: Mapping[str, int]) -> None:
+    """Can this parent hold a submodel with these fields?
+
+    Raises:
+        ValueError: an axis the family (or this model) does not have, a value above the parent's or
+            below one, heads that do not fill their groups, fewer experts than a token uses.
+    """
+    for field, value in fields.items():
+        _check_choice(layout, field, value)
+    sizes = layout.sizes_of(fields)
+    experts, top_k = layout.family.experts, layout.family.top_k
+    if experts in layout.axes and sizes[experts] < sizes[top_k]:
+        raise ValueError(f"{experts} = {sizes[experts]} is fewer than {top_k} = {sizes[top_k]}")
+
+
+def _check_choice(layout: Layout, field: str, value: Any, multiple_of: int = 1) -> None:
+    if field not in layout.axes:
+        raise ValueError(
+            f"{field} is no axis of this {layout.family.model_type} model; "
+            f"its axes are {', '.join(layout.axes)}"
+        )
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field} = {value!r} is not a positive integer")
+    if value > layout.sizes[field]:
+        raise ValueError(f"{field} = {value} is larger than the parent's {layout.sizes[field]}")
+    if value % multiple_of and value != layout.sizes[field]:
+        raise ValueError(f"{field} = {value} is not a multiple of {multiple_of}")
+    layout.sizes_of({field: value})  # ratios must divide

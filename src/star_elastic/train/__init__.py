@@ -1,0 +1,1 @@
+"""Joint training of all sizes, in place in the parent's weights."""
