@@ -29,7 +29,7 @@ from pathlib import Path
 TASKS = ("mathematics", "code", "knowledge")
 SPLITS = ("train", "heldout")
 
-_MAX_VALUE = 99
+_MAX_VALUE = 60
 _HELDOUT_ONE_IN = 8
 _WORLD_SEED = 2718
 
@@ -63,37 +63,66 @@ def _split_of(key: str) -> str:
 def _apply(left: int, op: str, right: int) -> int | None:
     """Return the value of one step, or None where the step is not allowed."""
     if op == "*":
-        fits = min(left, right) in range(2, 6) and max(left, right) <= 20
+        fits = min(left, right) in range(2, 6) and max(left, right) <= 12
         value = left * right if fits else -1
     else:
         value = left + right if op == "+" else left - right
     return value if 0 <= value <= _MAX_VALUE else None
 
 
-def _expression(rng: random.Random, ops: int, steps: list[str]) -> tuple[str, int]:
-    """Return a random expression with its value, appending its steps in order of evaluation."""
+# A number, or an operator between two expressions.
+Expression = int | tuple["Expression", str, "Expression"]
+
+
+def _value(expression: Expression) -> int | None:
+    """Return the value of an expression, or None where one of its steps is not allowed."""
+    if isinstance(expression, int):
+        return expression
+    left, right = _value(expression[0]), _value(expression[2])
+    return None if left is None or right is None else _apply(left, expression[1], right)
+
+
+def _text(expression: Expression, inner: bool = False) -> str:
+    if isinstance(expression, int):
+        return str(expression)
+    left, op, right = expression
+    text = f"{_text(left, True)}{op}{_text(right, True)}"
+    return f"({text})" if inner else text
+
+
+def _step(expression: Expression) -> Expression:
+    """Return the expression with its first bracket that holds two numbers worked out."""
+    assert not isinstance(expression, int)
+    left, op, right = expression
+    if not isinstance(left, int):
+        return _step(left), op, right
+    if not isinstance(right, int):
+        return left, op, _step(right)
+    value = _apply(left, op, right)
+    assert value is not None
+    return value
+
+
+def _random_expression(rng: random.Random, ops: int) -> Expression:
     if ops == 0:
-        value = rng.randint(1, 12)
-        return str(value), value
-    left_ops = rng.randrange(ops)
-    while True:
-        tried: list[str] = []
-        left_text, left = _expression(rng, left_ops, tried)
-        right_text, right = _expression(rng, ops - 1 - left_ops, tried)
-        op = rng.choice("+-*")
-        value = _apply(left, op, right)
-        if value is not None:
-            break
-    steps += [*tried, f"{left}{op}{right}={value}"]
-    left_text = f"({left_text})" if left_ops else left_text
-    right_text = f"({right_text})" if ops - 1 - left_ops else right_text
-    return f"{left_text}{op}{right_text}", value
+        return rng.randint(1, 12)
+    left = rng.randrange(ops)
+    return (
+        _random_expression(rng, left),
+        rng.choice("+-*"),
+        _random_expression(rng, ops - 1 - left),
+    )
 
 
 def _expression_problem(rng: random.Random) -> dict[str, str]:
-    steps: list[str] = []
-    text, value = _expression(rng, 3, steps)
-    return _problem("mathematics", f"What is {text}?", ", ".join(steps), str(value))
+    expression = _random_expression(rng, 3)
+    while _value(expression) is None:
+        expression = _random_expression(rng, 3)
+    forms = [expression]
+    while not isinstance(forms[-1], int):
+        forms.append(_step(forms[-1]))
+    texts = [_text(form) for form in forms]
+    return _problem("mathematics", f"What is {texts[0]}?", "=".join(texts), texts[-1])
 
 
 _VERBS = (("found", "+"), ("got", "+"), ("ate", "-"), ("lost", "-"))
@@ -156,7 +185,7 @@ class _Program:
         if value is None:
             return False
         self.values[name] = value
-        self.trace.append(f"{name}={left}{op}{right}={value}")
+        self.trace.append(f"{name}={name}{op}{operand}={left}{op}{right}={value}")
         return True
 
 
@@ -179,7 +208,7 @@ def _if_block(rng: random.Random, program: _Program) -> bool:
     sign = rng.choice("<>")
     holds = left < right if sign == "<" else left > right
     program.lines.append(f"if {name}{sign}{other}:")
-    program.trace.append(f"{left}{sign}{right} {'yes' if holds else 'no'}")
+    program.trace.append(f"{name}{sign}{other}, {left}{sign}{right} {'yes' if holds else 'no'}")
     then = _assign(rng, program, " ")
     program.lines.append("else:")
     otherwise = _assign(rng, program, " ")

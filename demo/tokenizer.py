@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,11 +33,12 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, USER, ASSISTANT, END, THINK_OPEN, THINK_CLOSE],
+        special_tokens=[PAD, USER, ASSISTANT, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    marks = re.compile(f"{re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)}")
+    tokenizer.train_from_iterator((marks.split(text) for text in texts), trainer)
     return tokenizer
 
 
@@ -49,7 +51,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     if vocab_size < 262:
         raise ValueError(f"vocab_size must be at least 262, not {vocab_size}")
-    bpe = _train_bpe(texts, vocab_size)
+    bpe = _train_bpe(texts, vocab_size - 2)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,

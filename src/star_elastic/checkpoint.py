@@ -24,6 +24,7 @@ from star_elastic.folder import (
     atomic_folder,
     digest,
     read_json,
+    replace_json,
     stored_tensors,
     write_json,
     write_tensors,
@@ -91,14 +92,26 @@ class Checkpoint:
         """The tensors of a submodel, one at a time, read from the parent's files."""
         child = child or self.layout.sizes
         experts = child.get(self.layout.family.experts or "", 0)
-        opened: tuple[str, Any] = ("", None)
+        opened, handle = "", None
         for name, weight in self.layout.stored.items():
             if weight.expert is not None and weight.expert >= experts:
                 continue
             file = self.stored[name].file
-            if file != opened[0]:
-                opened = (file, safe_open(self.path / file, framework="pt"))
-            yield name, take(opened[1].get_tensor(name), weight, self.layout.sizes, child)
+            if handle is None or file != opened:
+                opened, handle = file, safe_open(self.path / file, framework="pt")
+            yield name, take(handle.get_tensor(name), weight, self.layout.sizes, child)
+
+    def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
+        """KV cache bytes of one token, in the dtype of the weights."""
+        dtype = getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))
+        return self.layout.cache_bytes_per_token(child, dtype.itemsize)
+
+    def resident_bytes(self, child: Sizes | None = None) -> int:
+        """Bytes of weights in memory to run this size alone, in the dtypes stored.
+
+        A view of a loaded parent adds nothing to the parent's own (`ElasticModel.copied_bytes`).
+        """
+        return self.disk_bytes(child)
 
     def disk_bytes(self, child: Sizes | None = None) -> int:
         """Bytes of weights that a folder of this size takes on disk."""
@@ -149,6 +162,20 @@ def write(
             tokenizer.save_pretrained(folder)
 
 
+def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
+    """Replace a checkpoint's declaration (say, with measured quality); its weights stay.
+
+    Raises:
+        ValueError: a declaration that this parent does not bear out.
+    """
+    space.check(checkpoint.layout)
+    space = space.model_copy(update={"digests": checkpoint.space.digests})
+    values = read_json(checkpoint.path / "config.json")
+    values["elastic_config"] = space.model_dump()
+    replace_json(checkpoint.path / "config.json", values)
+    (checkpoint.path / "README.md").write_text(card.of_checkpoint(checkpoint.layout, space))
+
+
 def slice_checkpoint(
     checkpoint: Checkpoint,
     target: str | Path,
@@ -189,7 +216,8 @@ def _local(path: str | Path) -> Path:
     if Path(path).exists():
         return Path(path)
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", *_KEPT]))
+        wanted = ["*.json", "*.safetensors", *_KEPT]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
         raise CheckpointError(
             f"{path}: neither a folder nor a reachable repository ({_one_line(error)})"
@@ -213,9 +241,7 @@ def _space(path: Path, declared: Any, layout: Layout) -> ElasticSpace:
     return space
 
 
-def _check_tensors(
-    folder: Path, config: Any, layout: Layout, stored: Mapping[str, Stored]
-) -> None:
+def _check_tensors(folder: Path, config: Any, layout: Layout, stored: Mapping[str, Stored]) -> None:
     allowed = {"float32", str(getattr(config, "dtype", None)).removeprefix("torch.")}
     for name, weight in layout.stored.items():
         if name not in stored:
@@ -230,7 +256,7 @@ def _check_tensors(
     spare = {*layout.family.tied} if getattr(config, "tie_word_embeddings", False) else set()
     for name in stored.keys() - layout.stored.keys() - spare:
         if not name.startswith(layout.family.ignored or ("\0",)):
-            raise CheckpointError(f"{folder / stored[name].file}: {name}: no such tensor in the model")
+            raise CheckpointError(f"{folder / stored[name].file}: {name}: not in the model")
 
 
 def _check_digests(folder: Path, space: ElasticSpace) -> None:

@@ -92,7 +92,8 @@ def answers(
             padding_side="left",
             return_tensors="pt",
         ).to(model.device)
-        output = model.generate(
+        generate: Any = model.generate
+        output = generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
@@ -119,7 +120,8 @@ def _losses(
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         chosen = logits.float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
         targets = batch.targets[:, 1:].to(model.device)
-        for record, loss, counted in zip(rows, -(chosen * targets).sum(1), targets.sum(1), strict=True):
-            totals[record.task] += loss.item()
-            tokens[record.task] += int(counted)
+        losses, counts = (-chosen * targets).sum(1).tolist(), targets.sum(1).tolist()
+        for record, loss, count in zip(rows, losses, counts, strict=True):
+            totals[record.task] += loss
+            tokens[record.task] += count
     return {task: totals[task] / max(1, tokens[task]) for task in sorted(totals)}

@@ -118,6 +118,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def replace_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step: readers see the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    write_json(temporary, value)
+    _fsync(temporary)
+    temporary.replace(path)
+
+
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_size: int = 5 * 10**9
 ) -> dict[str, str]:

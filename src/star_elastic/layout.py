@@ -272,9 +272,7 @@ def family_of(config: Any) -> Family:
         ) from None
 
 
-def resolve(
-    family: Family, config: Any, fields: Mapping[str, int] | None = None
-) -> dict[str, int]:
+def resolve(family: Family, config: Any, fields: Mapping[str, int] | None = None) -> dict[str, int]:
     """All symbols of a family under a config, some fields replaced. Fields set to none are absent.
 
     Raises:
@@ -296,6 +294,11 @@ def resolve(
     return sizes
 
 
+def head_dim(config: Any) -> int:
+    """Width of an attention head. Some configs leave it out; a submodel keeps its parent's."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def symbol_of(family: Family, field: str) -> str:
     """The symbol that shrinks with an axis: `num_attention_heads` shrinks `queries`."""
     for symbol, text in family.derived.items():
@@ -305,10 +308,7 @@ def symbol_of(family: Family, field: str) -> str:
 
 
 def _field(config: Any, field: str) -> Any:
-    if field == "head_dim":  # absent in some configs; a submodel must keep the parent's
-        heads = config.num_attention_heads
-        return getattr(config, "head_dim", None) or config.hidden_size // heads
-    return getattr(config, field, None)
+    return head_dim(config) if field == "head_dim" else getattr(config, field, None)
 
 
 def _symbols(family: Family) -> set[str]:

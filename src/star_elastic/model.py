@@ -50,9 +50,10 @@ class ElasticModel:
             CheckpointError: the folder is not what it says; see `Checkpoint.open`.
         """
         opened = Checkpoint.open(path, check_digests)
-        parent, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             opened.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
+        parent, info = loaded
         if lost := set(info["missing_keys"]) | set(info["mismatched_keys"]):
             raise checkpoint.CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
         has_tokenizer = (opened.path / "tokenizer_config.json").is_file()
@@ -96,10 +97,7 @@ class ElasticModel:
         """
         child = self.layout.sizes_of(fields)
         state = self.state
-        return {
-            name: self.layout.take(name, state[name], child)
-            for name in self.layout.weights
-        }
+        return {name: self.layout.take(name, state[name], child) for name in self.layout.weights}
 
     @property
     def state(self) -> dict[str, Tensor]:

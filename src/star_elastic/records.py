@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Record:
     """One example as text. `prompt` is empty for plain text."""
@@ -34,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows. `mask` marks real tokens, `targets` those the loss is taken on: (batch, length)."""
+    """Padded rows (batch, length). `mask` marks real tokens, `targets` those the loss is on."""
 
     input_ids: Tensor
     mask: Tensor

@@ -3,7 +3,7 @@
 - Mixers of Nemotron-H clamp dt at the config's *initialisation* minimum when they prefill, and not
   at all when they decode (transformers <= 5.23). `mend` sets the config's own `time_step_limit`.
 - Their scan without the fused kernel is a slow reference. `use_chunk_scan` gives a model ours.
-- `save_pretrained` drops the legacy layer pattern that older readers want. `config_json` keeps both.
+- `save_pretrained` drops the legacy layer pattern that older readers want; `config_json` does not.
 - `batched_mm` experts copy every selected expert's weights per token: 40 x slower on a CPU.
 """
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+from transformers.utils import logging
 
+from star_elastic.layout import head_dim
 from star_elastic.scan import chunk_scan
 
 _SMALLEST_STEP, _LARGEST_STEP = 1e-30, 3e38
@@ -32,12 +34,18 @@ def build(config: Any, device: str | None = None) -> PreTrainedModel:
     return mend(model)
 
 
+def quiet() -> None:
+    """Silence loading bars and hints at fused kernels; for programs, not for libraries."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def mend(model: PreTrainedModel) -> PreTrainedModel:
     """Work round the stock classes' faults, in place; idempotent."""
-    limit = tuple(getattr(model.config, "time_step_limit", None) or (0.0, float("inf")))
+    low, high = getattr(model.config, "time_step_limit", None) or (0.0, float("inf"))
     for module in model.modules():
         if isinstance(module, NemotronHMamba2Mixer):
-            module.time_step_limit = limit
+            module.time_step_limit = (low, high)
     if getattr(model.config, "_experts_implementation", None) == "batched_mm":
         model.set_experts_implementation("eager")
     return model
@@ -62,11 +70,16 @@ def child_config(config: Any, fields: Mapping[str, int]) -> Any:
     """
     values = config.to_dict()
     values.pop("elastic_config", None)
+    values["head_dim"] = head_dim(config)  # else a stock class derives it from the smaller widths
+    alias = getattr(type(config), "attribute_map", {})
     try:
-        child = type(config).from_dict({**values, **fields})
+        child = type(config).from_dict(
+            {**values, **{alias.get(f, f): v for f, v in fields.items()}}
+        )
     except Exception as error:  # strict configs raise their own kinds
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{type(config).__name__} cannot express {dict(fields)}: {reason}") from None
+        kind = type(config).__name__
+        raise ValueError(f"{kind} cannot express {dict(fields)}: {reason}") from None
     child._attn_implementation = config._attn_implementation
     child._experts_implementation = config._experts_implementation
     return child
@@ -77,6 +90,9 @@ def config_json(config: Any) -> dict[str, Any]:
     values = config.to_dict()
     values.pop("_name_or_path", None)
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    for published, inner in type(config).attribute_map.items():
+        if inner in values and isinstance(values[inner], int):  # to_dict knows the inner name only
+            values[published] = values[inner]
     if config.model_type == "nemotron_h":
         values["hybrid_override_pattern"] = config.hybrid_override_pattern
         values["num_hidden_layers"] = config.num_hidden_layers

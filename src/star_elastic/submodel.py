@@ -119,7 +119,10 @@ class ElasticSpace(Strict):
 
 
 def submodel(layout: Layout, name: str, fields: Mapping[str, int], trained: bool) -> Submodel:
-    """A submodel with its counts, after checking that this parent holds it."""
+    """A submodel with its counts, after checking that this parent holds it.
+
+    The whole parent is as trained as it came: reordering does not change what it computes.
+    """
     check_fields(layout, fields)
     sizes = layout.sizes_of(fields)
     return Submodel(
@@ -127,7 +130,7 @@ def submodel(layout: Layout, name: str, fields: Mapping[str, int], trained: bool
         config=dict(fields),
         total_params=layout.count(sizes),
         active_params=layout.count_active(sizes),
-        trained=trained,
+        trained=trained or not fields,
     )
 
 

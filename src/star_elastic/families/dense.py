@@ -1,4 +1,4 @@
-"""Dense decoders with rotary attention and a gated MLP: llama, qwen2, qwen3; qwen3_moe adds experts.
+"""Decoders with rotary attention and a gated MLP: llama, qwen2, qwen3, qwen3_moe.
 
 The four share their block; they differ in biases, query/key norms and experts only.
 """

@@ -9,7 +9,7 @@ _WINDOW = 8  # micro-batches whose rows are sorted by length together
 
 
 class Batches:
-    """Micro-batches of at most `tokens` padded tokens, for ever; the n-th is a function of the seed.
+    """Micro-batches of at most `tokens` padded tokens, for ever; the seed decides the n-th.
 
     An epoch shuffles the examples, sorts them by length inside windows of a few batches (so that
     little is padded), and shuffles the batches.

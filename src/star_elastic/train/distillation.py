@@ -11,10 +11,9 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student, teacher: logits (positions, vocabulary).
     """
-    target = F.log_softmax(teacher.float(), -1)
-    return F.kl_div(F.log_softmax(student.float(), -1), target, log_target=True, reduction="sum") / (
-        len(student)
-    )
+    expected = F.log_softmax(teacher.float(), -1)
+    learned = F.log_softmax(student.float(), -1)
+    return F.kl_div(learned, expected, log_target=True, reduction="batchmean")
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A recipe: everything a run needs, as strict models read from YAML. Unknown keys are errors."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +58,13 @@ class Init(Strict):
     seed: int = 0
 
 
+class Alone(Strict):
+    """How the baseline is trained: each size by itself from random weights."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    balance_rate: float = Field(default=0.0, ge=0)
+
+
 class Recipe(Strict):
     """One run. With `parent`, sizes are distilled from it; with `init`, it is trained alone."""
 
@@ -64,10 +72,11 @@ class Recipe(Strict):
     parent: str | None = None
     init: Init | None = None
     data: Data
-    sizes: dict[str, dict[str, int]] = {"full": {}}
+    sizes: dict[str, dict[str, int] | float] = {"full": 1.0}  # fields, or share of active
     multiple_of: dict[str, int] = {}
     rank: Rank = Rank()
     train: Optimise
+    alone: Alone = Alone()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -101,7 +110,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _put(values, key, yaml.safe_load(value))
     values.setdefault("name", Path(path).stem)
     try:
-        return Recipe.model_validate_json(_json(values))
+        return Recipe.model_validate_json(json.dumps(values))
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first_line(error)}") from None
 
@@ -113,12 +122,6 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[leaf] = value
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(values)
-
-
 def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
@@ -127,6 +130,7 @@ def _first_line(error: ValidationError) -> str:
     model: Any = Recipe
     for part in first["loc"][:-1]:
         model = model.model_fields[str(part)].annotation
-        model = next((a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields")), model)
+        inner = (a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields"))
+        model = next(inner, model)
     close = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, n=1, cutoff=0)
     return f"{where}: unknown key; did you mean {close[0]!r}?"

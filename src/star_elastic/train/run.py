@@ -4,13 +4,13 @@ A run folder holds `sorted/` (the reordered, untrained parent: teacher and basel
 `metrics.jsonl`, and at the end `elastic/` (or `parent/` when trained from nothing).
 """
 
-import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from star_elastic import checkpoint, rank, stock
@@ -19,9 +19,10 @@ from star_elastic.records import encode, read_records
 from star_elastic.submodel import ElasticSpace, Training
 from star_elastic.train.data import Batches
 from star_elastic.train.recipe import Recipe
+from star_elastic.train.sizes import named_sizes
 from star_elastic.train.trainer import StepReport, Trainer
 
-SORTED, ELASTIC, PARENT = "sorted", "elastic", "parent"
+SORTED, ELASTIC, PARENT, STATE = "sorted", "elastic", "parent", "state"
 
 
 def train(
@@ -37,18 +38,11 @@ def train(
         FileExistsError: `out` holds a run already and `resume` is false.
         KeyboardInterrupt: after the state was saved.
     """
-    if out.exists() and any(out.iterdir()) and not resume:
+    if not resume and any((out / part).exists() for part in (SORTED, ELASTIC, PARENT, STATE)):
         raise FileExistsError(f"{out} holds a run already; --resume goes on with it")
     out.mkdir(parents=True, exist_ok=True)
-    if recipe.init is not None:
-        model, teacher = make_parent(recipe), None
-    else:
-        if not (out / SORTED).is_dir():
-            say("ranking and reordering the parent")
-            sort_parent(recipe).save_pretrained(out / SORTED)
-        model = ElasticModel.from_pretrained(out / SORTED, dtype=torch.float32)
-        teacher = ElasticModel.from_pretrained(out / SORTED).parent
-    trainer = Trainer(model, teacher, _batches(recipe, model.tokenizer), recipe.train, out / "state")
+    model, teacher, batches = _prepare(recipe, out, say)
+    trainer = Trainer(model, teacher, batches, recipe.train, out / STATE)
     if resume and trainer.resume():
         say(f"going on from step {trainer.position.step}")
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
@@ -63,19 +57,6 @@ def train(
     return _write(recipe, out, trainer, teacher)
 
 
-def sort_parent(recipe: Recipe) -> ElasticModel:
-    """The recipe's parent with every unit ranked and put in nested order; not trained yet."""
-    assert recipe.parent is not None
-    model = ElasticModel.from_pretrained(recipe.parent)
-    batches = itertools.islice(_batches(recipe, model.tokenizer), _calibration_batches(recipe, model))
-    pairs = ((batch.input_ids, batch.mask) for batch in batches)
-    rank.reorder(model.parent, rank.order(rank.score(model.parent, pairs)))
-    model.space = ElasticSpace.of(
-        model.layout, recipe.sizes, trained=False, multiple_of=recipe.multiple_of
-    )
-    return model
-
-
 def make_parent(recipe: Recipe) -> ElasticModel:
     """A parent with fresh weights, as the recipe's `init` says."""
     assert recipe.init is not None
@@ -87,35 +68,63 @@ def make_parent(recipe: Recipe) -> ElasticModel:
     return ElasticModel(parent, tokenizer=tokenizer)
 
 
-def _batches(recipe: Recipe, tokenizer: Any) -> Batches:
+def sort_units(model: ElasticModel, batches: Batches, samples: int) -> None:
+    """Rank every unit on some calibration rows and put them in nested order, in place."""
+    stock.mend(model.parent)
+    scores = rank.score(model.parent, _calibration(batches, samples))
+    rank.reorder(model.parent, rank.order(scores))
+
+
+def _prepare(
+    recipe: Recipe, out: Path, say: Callable[[str], None]
+) -> tuple[ElasticModel, PreTrainedModel | None, Batches]:
+    """What is trained, what it learns from, and the data."""
+    if recipe.init is not None:
+        model = make_parent(recipe)
+        return model, None, make_batches(recipe, model.tokenizer)
+    folder = out / SORTED
+    parent = ElasticModel.from_pretrained(folder if folder.is_dir() else str(recipe.parent))
+    batches = make_batches(recipe, parent.tokenizer)
+    if not folder.is_dir():
+        say("ranking and reordering the parent")
+        sort_units(parent, batches, recipe.rank.samples)
+        sizes = named_sizes(parent.layout, recipe)
+        parent.space = ElasticSpace.of(parent.layout, sizes, multiple_of=recipe.multiple_of)
+        parent.save_pretrained(folder)
+    return ElasticModel.from_pretrained(folder, dtype=torch.float32), parent.parent, batches
+
+
+def make_batches(recipe: Recipe, tokenizer: Any) -> Batches:
+    """The recipe's training data as a stream of micro-batches."""
     records = read_records(recipe.data.train)
     examples = encode(tokenizer, records, recipe.data.max_length, recipe.data.loss_on)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Batches(examples, recipe.train.tokens, pad or 0, recipe.train.seed)
 
 
-def _calibration_batches(recipe: Recipe, model: ElasticModel) -> int:
-    batches = _batches(recipe, model.tokenizer)
-    rows = sum(len(batch.input_ids) for batch in itertools.islice(batches, 8)) / 8
-    return max(1, round(recipe.rank.samples / rows))
+def _calibration(batches: Batches, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = 0
+    for batch in batches:
+        yield batch.input_ids, batch.mask
+        rows += len(batch.input_ids)
+        if rows >= samples:
+            return
 
 
-def _write(
-    recipe: Recipe, out: Path, trainer: Trainer, teacher: PreTrainedModel | None
-) -> Path:
+def _write(recipe: Recipe, out: Path, trainer: Trainer, teacher: PreTrainedModel | None) -> Path:
     model = trainer.model
     state = {name: tensor.detach() for name, tensor in model.state.items()}
     if teacher is None:
-        checkpoint.write(
-            out / PARENT, state, model.layout, None, model.source, model.tokenizer, overwrite=True
-        )
-        return out / PARENT
-    stored = ElasticModel(teacher).state  # the parent's own dtypes
-    state = {name: tensor.to(stored[name].dtype) for name, tensor in state.items()}
-    position = trainer.position
-    training = Training(recipe=recipe.name, steps=position.step, tokens=position.tokens)
-    space = ElasticSpace.of(
-        model.layout, recipe.sizes, True, training, multiple_of=recipe.multiple_of
+        folder, space, dtypes = out / PARENT, None, {name: torch.float32 for name in state}
+    else:
+        folder = out / ELASTIC
+        dtypes = {name: t.dtype for name, t in ElasticModel(teacher).state.items()}
+        position = trainer.position
+        training = Training(recipe=recipe.name, steps=position.step, tokens=position.tokens)
+        sizes = {name: size.config for name, size in model.sizes.items()}
+        space = ElasticSpace.of(model.layout, sizes, True, training, recipe.multiple_of)
+    state = {name: tensor.to(dtypes[name]) for name, tensor in state.items()}
+    checkpoint.write(
+        folder, state, model.layout, space, model.source, model.tokenizer, overwrite=True
     )
-    checkpoint.write(out / ELASTIC, state, model.layout, space, model.source, overwrite=True)
-    return out / ELASTIC
+    return folder

@@ -77,9 +77,9 @@ class Trainer:
             fused=True,
         )
         self.parameters = parameters
-        names = list(model.sizes)
-        self.probs = [(settings.size_probs or {}).get(n, float(not settings.size_probs)) for n in names]
-        self.skeletons = {name: self._skeleton(name) for name in names}
+        probs = settings.size_probs or dict.fromkeys(model.sizes, 1.0)
+        self.probs = [probs.get(name, 0.0) for name in model.sizes]
+        self.skeletons = {name: self._skeleton(name) for name in model.sizes}
 
     def resume(self) -> bool:
         """Go on from the newest saved state, if there is one."""
@@ -94,7 +94,7 @@ class Trainer:
         stream = self.batches.after(self.position.micro_batches)
         try:
             while self.position.step < self.settings.steps:
-                on_step(self._step(stream))
+                on_step(self.step(stream))
                 if self.position.step % self.settings.save_every == 0:
                     self.save()
         except KeyboardInterrupt:
@@ -111,7 +111,7 @@ class Trainer:
             save_state(self.state_folder, self.position, self.weights, self.optimizer)
 
     def drawn(self, micro_batch: int) -> str:
-        """The size of the n-th micro-batch: a function of the seed, so that a resume draws alike."""
+        """The size of the n-th micro-batch; the seed decides, so that a resume draws alike."""
         draw = random.Random(f"size/{self.settings.seed}/{micro_batch}")
         return draw.choices(list(self.model.sizes), self.probs)[0]
 
@@ -127,7 +127,8 @@ class Trainer:
             target = predicting(self.teacher(**inputs).logits, batch.targets)
         return forward_kl(predicting(logits, batch.targets), target)
 
-    def _step(self, stream: Iterator[Batch]) -> StepReport:
+    def step(self, stream: Iterator[Batch]) -> StepReport:
+        """One optimizer step on the next micro-batches of a stream."""
         start = time.perf_counter()
         losses: dict[str, list[float]] = defaultdict(list)
         position = self.position

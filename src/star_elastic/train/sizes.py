@@ -1,0 +1,69 @@
+"""Sizes by hand: config fields, or a fraction of the parent's active parameters."""
+
+from collections.abc import Mapping
+
+from star_elastic import stock
+from star_elastic.layout import Layout
+from star_elastic.train.recipe import Recipe, RecipeError
+
+_ALIGN = 8  # widths that nobody aligned otherwise stay multiples of this
+_WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+)
+
+
+def named_sizes(layout: Layout, recipe: Recipe) -> dict[str, dict[str, int]]:
+    """The recipe's sizes as config fields; a fraction shrinks all widths alike.
+
+    Raises:
+        RecipeError: no width reaches the fraction.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    for name, size in recipe.sizes.items():
+        if isinstance(size, dict):
+            sizes[name] = size
+        else:
+            sizes[name] = by_fraction(layout, size, recipe.multiple_of, f"sizes.{name}")
+    return sizes
+
+
+def by_fraction(
+    layout: Layout, fraction: float, multiple_of: Mapping[str, int], where: str = "size"
+) -> dict[str, int]:
+    """Widths scaled alike, so that the active parameters come nearest to a share of the parent's.
+
+    Raises:
+        RecipeError: nothing that the stock class can express comes within 0.1 of the fraction.
+    """
+    if fraction == 1:
+        return {}
+    full = layout.count_active()
+    best: tuple[float, dict[str, int]] | None = None
+    for percent in range(5, 100):
+        fields = {
+            field: _scaled(layout.sizes[field], percent / 100, multiple_of.get(field, _ALIGN))
+            for field in _WIDTHS
+            if field in layout.axes
+        }
+        share = layout.count_active(layout.sizes_of(fields)) / full
+        miss = abs(share - fraction)
+        if (best is None or miss < best[0]) and _expressible(layout, fields):
+            best = (miss, fields)
+    if best is None or best[0] > 0.1:
+        raise RecipeError(f"{where}: no size is near {fraction} of the parent's active parameters")
+    return best[1]
+
+
+def _scaled(width: int, scale: float, multiple: int) -> int:
+    return max(multiple, min(width, round(width * scale / multiple) * multiple))
+
+
+def _expressible(layout: Layout, fields: dict[str, int]) -> bool:
+    try:
+        stock.child_config(layout.config, fields)
+    except ValueError:
+        return False
+    return True
