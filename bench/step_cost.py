@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from star_elastic import stock
 from star_elastic.model import ElasticModel
 from star_elastic.records import Batch, Example
 from star_elastic.submodel import ElasticSpace
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args()
+    stock.quiet()
     model = ElasticModel.from_pretrained(arguments.checkpoint)
     figures = step_cost(model, arguments.size, arguments.tokens, repeats=arguments.repeats)
     print(json.dumps({"threads": torch.get_num_threads(), **figures}, indent=2))

@@ -5,24 +5,27 @@ from pathlib import Path
 
 from demo import problems
 
-_HELDOUT = 600  # records kept out; of a user's own file at most a tenth
 
+def data_files(
+    data: Path | None, out: Path, train_records: int, heldout_records: int
+) -> tuple[Path, Path]:
+    """Training and held-out JSONL: a user's file split in two, or generated problems.
 
-def data_files(data: Path | None, out: Path, train_records: int) -> tuple[Path, Path]:
-    """Training and held-out JSONL: a user's file split in two, or generated problems."""
+    Of a user's file at most a tenth is held out.
+    """
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     train_path, heldout_path = folder / "train.jsonl", folder / "heldout.jsonl"
     if data is None:
         for path, count, split in (
             (train_path, train_records, "train"),
-            (heldout_path, _HELDOUT, "heldout"),
+            (heldout_path, heldout_records, "heldout"),
         ):
             problems.write_jsonl(path, problems.make_problems(count, split, seed=0))
     else:
         lines = data.read_text("utf-8").splitlines(keepends=True)
         random.Random(0).shuffle(lines)
-        kept = min(_HELDOUT, len(lines) // 10)
+        kept = min(heldout_records, len(lines) // 10)
         heldout_path.write_text("".join(lines[:kept]), "utf-8")
         train_path.write_text("".join(lines[kept:]), "utf-8")
     return train_path, heldout_path

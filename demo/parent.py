@@ -39,12 +39,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo-parent"))
     parser.add_argument("--train-records", type=int, default=60_000)
     parser.add_argument("--data", type=Path, help="train on records of your own instead, JSONL")
+    parser.add_argument("--heldout-records", type=int, default=600)
     parser.add_argument("--set", action="append", default=[], help="override a recipe key")
     arguments = parser.parse_args()
     stock.quiet()
     console = Console()
     shutil.rmtree(arguments.out, ignore_errors=True)
-    train_path, heldout_path = data_files(arguments.data, arguments.out, arguments.train_records)
+    train_path, heldout_path = data_files(
+        arguments.data, arguments.out, arguments.train_records, arguments.heldout_records
+    )
     tokenizer = arguments.out / "tokenizer"
     paths = {"data.train": train_path, "data.heldout": heldout_path, "init.tokenizer": tokenizer}
     overrides = [*(f"{key}={path}" for key, path in paths.items()), *arguments.set]

@@ -166,36 +166,32 @@ def mathematics_problem(rng: random.Random) -> dict[str, str]:
 
 @dataclass
 class _Program:
-    """A program under construction: its lines, its variables now, and the trace so far."""
+    """A program under construction, which changes one variable and leaves another alone."""
 
-    lines: list[str]
+    target: str
+    other: str
     values: dict[str, int]
+    lines: list[str]
     trace: list[str]
 
-    def set_constant(self, name: str, value: int) -> None:
-        self.lines.append(f"{name}={value}")
-        self.values[name] = value
-        self.trace.append(f"{name}={value}")
-
-    def run(self, name: str, op: str, operand: str) -> bool:
-        """Run ``name = name op operand``, where the value after it is an allowed one."""
-        left = self.values[name]
+    def run(self, op: str, operand: str) -> bool:
+        """Run ``target = target op operand``; False where its value is not an allowed one."""
+        left = self.values[self.target]
         right = self.values[operand] if operand in self.values else int(operand)
         value = _apply(left, op, right)
         if value is None:
             return False
-        self.values[name] = value
-        self.trace.append(f"{name}={name}{op}{operand}={left}{op}{right}={value}")
+        self.values[self.target] = value
+        self.trace.append(f"{self.target}={self.target}{op}{operand}={left}{op}{right}={value}")
         return True
 
 
-def _assign(rng: random.Random, program: _Program, indent: str = "") -> tuple[str, str, str]:
-    """Return a random ``name, op, operand`` and write its line, without running it."""
-    name, other = rng.sample(sorted(program.values), 2)
-    operand = rng.choice((other, str(rng.randint(1, 9))))
+def _assign(rng: random.Random, program: _Program, indent: str = "") -> tuple[str, str]:
+    """Write the line of a random change to the target and return its operator and operand."""
+    operand = program.other if rng.random() < 0.5 else str(rng.randint(1, 9))
     op = rng.choice("+-")
-    program.lines.append(f"{indent}{name}={name}{op}{operand}")
-    return name, op, operand
+    program.lines.append(f"{indent}{program.target}={program.target}{op}{operand}")
+    return op, operand
 
 
 def _plain_block(rng: random.Random, program: _Program) -> bool:
@@ -203,7 +199,7 @@ def _plain_block(rng: random.Random, program: _Program) -> bool:
 
 
 def _if_block(rng: random.Random, program: _Program) -> bool:
-    name, other = rng.sample(sorted(program.values), 2)
+    name, other = rng.sample((program.target, program.other), 2)
     left, right = program.values[name], program.values[other]
     sign = rng.choice("<>")
     holds = left < right if sign == "<" else left > right
@@ -223,10 +219,10 @@ def _loop_block(rng: random.Random, program: _Program) -> bool:
 
 
 def _try_program(rng: random.Random) -> _Program | None:
-    names = rng.sample("abcxyz", 2)
-    program = _Program([], {}, [])
-    for name in names:
-        program.set_constant(name, rng.randint(1, 20))
+    values = {name: rng.randint(1, 20) for name in rng.sample("abcxyz", 2)}
+    target, other = rng.sample(sorted(values), 2)
+    starts = [f"{name}={value}" for name, value in values.items()]
+    program = _Program(target, other, values, list(starts), list(starts))
     block = rng.choice((_plain_block, _if_block, _loop_block))
     return program if block(rng, program) else None
 
@@ -236,11 +232,9 @@ def code_problem(rng: random.Random) -> dict[str, str]:
     program = None
     while program is None:
         program = _try_program(rng)
-    changed = program.trace[-1].partition("=")[0]
-    name = changed if rng.random() < 0.75 else rng.choice(sorted(program.values))
-    source = "\n".join([*program.lines, f"print({name})"])
-    thinking = ", ".join(program.trace)
-    return _problem("code", f"Run:\n{source}", thinking, str(program.values[name]))
+    source = "\n".join([*program.lines, f"print({program.target})"])
+    answer = str(program.values[program.target])
+    return _problem("code", f"Run:\n{source}", ", ".join(program.trace), answer)
 
 
 # --- knowledge ---------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from bench.sizes import new_size_seconds, resident
 from bench.step_cost import step_cost
 from demo import report
 from demo.data import data_files
@@ -40,9 +41,10 @@ from star_elastic.train.run import train
 class Line:
     """One run of the line: its folders, its recipe, and what it has measured so far."""
 
-    def __init__(self, recipe: Recipe, out: Path, console: Console):
+    def __init__(self, recipe: Recipe, out: Path, resume: bool, console: Console):
         self.recipe = recipe
         self.out = out
+        self.resume = resume
         self.console = console
         self.figures: dict[str, Any] = {"recipe": recipe.name, "seconds": {}}
 
@@ -77,7 +79,7 @@ class Line:
         """Rank, reorder and train jointly; `out/elastic` and `out/sorted` appear."""
         live = LiveLosses(self.console, self.recipe.train.steps)
         with live.progress:
-            train(self.recipe, self.out, on_step=live, say=live.progress.console.print)
+            train(self.recipe, self.out, self.resume, on_step=live, say=live.progress.console.print)
         with (self.out / "metrics.jsonl").open(encoding="utf-8") as lines:
             last = [json.loads(line) for line in lines][-1]
         self.figures["tokens"] = last["tokens"]
@@ -114,21 +116,9 @@ class Line:
     def costs(self) -> None:
         """Bytes of all sizes together, time to make a size, cost of a step at the smallest."""
         model = self._open("elastic")
-        weights = sum(t.numel() * t.element_size() for t in model.state.values())
-        views = [model[name] for name in model.sizes]
-        copied = sum(model.copied_bytes(view) for view in views)
-        self.figures["resident"] = {
-            "parent_bytes": weights,
-            "all_sizes_bytes": weights + copied,
-            "ratio": (weights + copied) / weights,
-        }
         smallest = min(model.sizes.values(), key=lambda size: size.total_params)
-        timings = []
-        for _ in range(9):
-            start = time.perf_counter()
-            model.submodel(**smallest.config)
-            timings.append(time.perf_counter() - start)
-        self.figures["new_size_seconds"] = sorted(timings)[4]
+        self.figures["resident"] = resident(model)
+        self.figures["new_size_seconds"] = max(new_size_seconds(model).values())
         self.figures["step_cost"] = step_cost(model, smallest.name, repeats=7)
 
     def baselines(self, heldout: Sequence[Record]) -> None:
@@ -170,19 +160,28 @@ def main() -> None:
     parser.add_argument("--parent", help="a model folder or hub id of your own")
     parser.add_argument("--data", type=Path, help="records of your own, JSONL")
     parser.add_argument("--baselines", action="store_true", help="train each size alone too")
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped run")
     parser.add_argument("--train-records", type=int, default=30_000, help="problems to generate")
+    parser.add_argument("--heldout-records", type=int, default=600)
     parser.add_argument("--set", action="append", default=[], help="override a recipe key")
     arguments = parser.parse_args()
     start = time.perf_counter()
     console = Console()
     stock.quiet()
-    shutil.rmtree(arguments.out, ignore_errors=True)
-    train_path, heldout_path = data_files(arguments.data, arguments.out, arguments.train_records)
+    if not arguments.resume:
+        shutil.rmtree(arguments.out, ignore_errors=True)
+    train_path, heldout_path = data_files(
+        arguments.data, arguments.out, arguments.train_records, arguments.heldout_records
+    )
     overrides = [*arguments.set, f"data.train={train_path}", f"data.heldout={heldout_path}"]
     if arguments.parent:
         overrides.append(f"parent={arguments.parent}")
     recipe = load_recipe(arguments.recipe, overrides)
-    figures = Line(recipe, arguments.out, console).run(arguments.baselines)
+    line = Line(recipe, arguments.out, arguments.resume, console)
+    try:
+        figures = line.run(arguments.baselines)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command with --resume goes on")
     figures["seconds"]["whole line"] = time.perf_counter() - start
     figures["is_demo"] = arguments.data is None and arguments.parent is None
     report.write(arguments.out, figures)

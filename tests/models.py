@@ -4,8 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from star_elastic.model import ElasticModel
 from star_elastic.submodel import ElasticSpace
@@ -78,7 +85,7 @@ FAMILIES = list(CONFIGS)
 _HYBRID_SMALL = dict(
     hidden_size=24,
     intermediate_size=16,
-    moe_intermediate_size=12,
+    moe_intermediate_size=8,  # a multiple of 16 bytes even in bfloat16: grouped_mm wants it
     moe_shared_expert_intermediate_size=12,
     n_routed_experts=4,
     num_attention_heads=4,
@@ -181,6 +188,25 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
-def fields_within(family: str) -> dict[str, int]:
-    """The parent's own values on every axis."""
-    return {field: CONFIGS[family][field] for field in SMALL[family]}
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=?.,:()#<>/_"
+
+
+def letters_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character, with padding and an end; `chat` adds a template."""
+    words = [PAD, EOS, UNKNOWN, *_LETTERS]
+    core = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
+    )
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}:{{ m['content'] }}{% endfor %}="
+    return tokenizer
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

@@ -1,20 +1,20 @@
-"""Named shapes against the stock classes: names, shapes, counts, memory, and the index algebra."""
+"""Layouts against the stock classes: names, shapes, counts and memory."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGS, FAMILIES, SMALL, child_config, tiny, tiny_config, token_ids
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
 
-from star_elastic.layout import Dim, Layout, Weight, runs, take, width
+from star_elastic.layout import Layout
+from star_elastic.shapes import take
 
 NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 _MAMBA = {"mamba_num_heads", "mamba_head_dim"}
@@ -130,7 +130,7 @@ def test_count_is_the_number_of_elements_kept(family: str, data: st.DataObject) 
     layout = Layout(tiny_config(family))
     sizes = layout.sizes_of(data.draw(smaller_fields(family)))
     kept = {
-        name: take(torch.empty(w.shape(layout.sizes), device="meta"), w, layout.sizes, sizes)
+        name: take(torch.empty(w.shape(layout.sizes), device="meta"), w.dims, layout.sizes, sizes)
         for name, w in layout.weights.items()
     }
     for name, weight in layout.weights.items():
@@ -219,7 +219,7 @@ def test_qwen3_moe_without_dense_layers_has_no_dense_width() -> None:
 def test_cache_bytes_are_those_a_stock_cache_holds(family: str, dtype: torch.dtype) -> None:
     model, ids = tiny(family).to(dtype), token_ids(rows=3, length=11)
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    predicted = Layout(model.config).cache_bytes(11, batch=3, itemsize=dtype.itemsize)
+    predicted = Layout(model.config).cache_bytes(11, batch=3, dtype=dtype)
     assert predicted == held_bytes(cache)
 
 
@@ -270,89 +270,3 @@ def test_an_unknown_family_is_named() -> None:
 
     with pytest.raises(ValueError, match="'gpt2' has no table; known: llama, nemotron_h"):
         Layout(Config())
-
-
-SYMBOLS = "abcd"
-
-
-@st.composite
-def dims(draw: st.DrawFn) -> Dim:
-    segment = st.lists(st.sampled_from(SYMBOLS), min_size=1, max_size=3).map(tuple)
-    return tuple(draw(st.lists(segment, min_size=1, max_size=3)))
-
-
-@st.composite
-def nested_sizes(draw: st.DrawFn, depth: int) -> list[dict[str, int]]:
-    """Sizes, each within the one before."""
-    sizes = [{symbol: draw(st.integers(1, 4)) for symbol in SYMBOLS}]
-    for _ in range(depth - 1):
-        sizes.append({s: draw(st.integers(1, most)) for s, most in sizes[-1].items()})
-    return sizes
-
-
-def brute_force(dim: Dim, parent: dict[str, int], child: dict[str, int]) -> list[int]:
-    """Flat indices kept, by cutting a numpy array of all indices."""
-    kept: list[int] = []
-    start = 0
-    for segment in dim:
-        shape = [parent[symbol] for symbol in segment]
-        corner = tuple(slice(child[symbol]) for symbol in segment)
-        block = np.arange(start, start + math.prod(shape)).reshape(shape)
-        kept += block[corner].flatten().tolist()
-        start += math.prod(shape)
-    return kept
-
-
-@settings(max_examples=300, deadline=None)
-@given(dim=dims(), sizes=nested_sizes(2))
-def test_runs_are_the_leading_corners(dim: Dim, sizes: list[dict[str, int]]) -> None:
-    parent, child = sizes
-    found = runs(dim, parent, child)
-    indices = [index for start, length in found for index in range(start, start + length)]
-    assert indices == brute_force(dim, parent, child)
-    assert width(dim, child) == len(indices)
-    for (start, length), (following, _) in zip(found, found[1:], strict=False):
-        assert start + length < following  # merged: neighbours never touch
-
-
-def weight_of(shape: tuple[Dim, ...]) -> Weight:
-    return Weight("w", shape, None, None, ("w", 0), "w")
-
-
-@settings(max_examples=200, deadline=None)
-@given(shape=st.lists(dims(), min_size=1, max_size=2).map(tuple), sizes=nested_sizes(2))
-def test_take_is_the_brute_force_index(shape: tuple[Dim, ...], sizes: list[dict[str, int]]) -> None:
-    parent, child = sizes
-    weight = weight_of(shape)
-    whole = torch.arange(math.prod(weight.shape(parent))).view(weight.shape(parent))
-    index = np.ix_(*(brute_force(dim, parent, child) for dim in shape))
-    part = take(whole, weight, parent, child)
-    assert part.tolist() == whole.numpy()[index].tolist()
-    is_view = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    assert is_view == all(len(runs(dim, parent, child)) == 1 for dim in shape)
-
-
-@settings(max_examples=200, deadline=None)
-@given(shape=st.lists(dims(), min_size=1, max_size=2).map(tuple), sizes=nested_sizes(3))
-def test_cuts_nest(shape: tuple[Dim, ...], sizes: list[dict[str, int]]) -> None:
-    parent, middle, child = sizes
-    weight = weight_of(shape)
-    whole = torch.arange(math.prod(weight.shape(parent))).view(weight.shape(parent))
-    twice = take(take(whole, weight, parent, middle), weight, middle, child)
-    assert torch.equal(twice, take(whole, weight, parent, child))
-
-
-@settings(max_examples=50, deadline=None)
-@given(shape=st.lists(dims(), min_size=1, max_size=2).map(tuple), sizes=nested_sizes(2))
-def test_gradients_of_a_part_flow_into_the_whole(
-    shape: tuple[Dim, ...], sizes: list[dict[str, int]]
-) -> None:
-    parent, child = sizes
-    weight = weight_of(shape)
-    whole = nn.Parameter(torch.ones(weight.shape(parent)))
-    part = take(whole, weight, parent, child)
-    seeds = torch.arange(1.0, part.numel() + 1).view(part.shape)
-    part.backward(seeds)
-    expected = np.zeros(weight.shape(parent))
-    expected[np.ix_(*(brute_force(dim, parent, child) for dim in shape))] = seeds.numpy()
-    assert whole.grad is not None and whole.grad.tolist() == expected.tolist()

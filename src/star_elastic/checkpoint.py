@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from star_elastic import card, stock
 from star_elastic.folder import (
@@ -29,7 +29,8 @@ from star_elastic.folder import (
     write_json,
     write_tensors,
 )
-from star_elastic.layout import Layout, Sizes, take
+from star_elastic.layout import Layout
+from star_elastic.shapes import Sizes, take
 from star_elastic.submodel import ElasticSpace, Submodel, check_fields, submodel
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -99,12 +100,12 @@ class Checkpoint:
             file = self.stored[name].file
             if handle is None or file != opened:
                 opened, handle = file, safe_open(self.path / file, framework="pt")
-            yield name, take(handle.get_tensor(name), weight, self.layout.sizes, child)
+            yield name, take(handle.get_tensor(name), weight.dims, self.layout.sizes, child)
 
     def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
         """KV cache bytes of one token, in the dtype of the weights."""
         dtype = getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))
-        return self.layout.cache_bytes_per_token(child, dtype.itemsize)
+        return self.layout.cache_bytes_per_token(child, dtype)
 
     def resident_bytes(self, child: Sizes | None = None) -> int:
         """Bytes of weights in memory to run this size alone, in the dtypes stored.
@@ -140,7 +141,7 @@ def write(
         state: the parent's state dict, in nested order.
         space: its sizes; None writes a plain model folder.
         source: the folder whose tokenizer, generation config and licence go along.
-        tokenizer: goes along where there is no such folder.
+        tokenizer: goes along, with a default generation config, where there is no such folder.
 
     Raises:
         FileExistsError: the target exists and `overwrite` is false.
@@ -160,6 +161,7 @@ def write(
             _copy_companions(source, folder)
         elif tokenizer is not None:
             tokenizer.save_pretrained(folder)
+            GenerationConfig.from_model_config(layout.config).save_pretrained(folder)
 
 
 def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
@@ -195,7 +197,7 @@ def slice_checkpoint(
     """
     if (size is None) == (fields is None):
         raise ValueError("slice: say either a size's name or config fields")
-    if Path(target).absolute() == checkpoint.path.absolute():
+    if Path(target).resolve() == checkpoint.path.resolve():
         raise ValueError(f"slice: {target} is the checkpoint itself")
     if size is not None:
         cut = checkpoint.size(size)

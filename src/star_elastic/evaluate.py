@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from star_elastic import stock
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record, collate, encode, final_answer, prompt_text
 from star_elastic.submodel import ElasticSpace
@@ -82,9 +83,7 @@ def answers(
     batch_size: int = 128,
 ) -> Iterator[tuple[Record, str]]:
     """Greedy completions, in batches of prompts of like length."""
-    by_length = sorted(records, key=lambda record: len(record.prompt))
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
+    for rows in _batched(model, tokenizer, records, batch_size):
         inputs = tokenizer(
             [prompt_text(tokenizer, record.prompt) for record in rows],
             add_special_tokens=False,
@@ -104,6 +103,24 @@ def answers(
         completions = output[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         yield from zip(rows, texts, strict=True)
+
+
+def _batched(
+    model: PreTrainedModel, tokenizer: Any, records: Sequence[Record], batch_size: int
+) -> Iterator[list[Record]]:
+    """Records by length of prompt; only where padding is exact do lengths mix in a batch."""
+    texts = [prompt_text(tokenizer, record.prompt) for record in records]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    mixed = stock.pads_exactly(model)
+    batch: list[int] = []
+    for row in sorted(range(len(records)), key=lengths.__getitem__):
+        unlike = batch and not mixed and lengths[row] != lengths[batch[0]]
+        if unlike or len(batch) == batch_size:
+            yield [records[n] for n in batch]
+            batch = []
+        batch.append(row)
+    if batch:
+        yield [records[n] for n in batch]
 
 
 def _losses(

@@ -6,6 +6,7 @@ to a temporary sibling, each is fsynced, then one rename shows them all.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -20,6 +21,7 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors format
 
 
@@ -95,7 +97,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `target` is there already and `overwrite` is false.
     """
-    target = target.absolute()
+    target = target.resolve()
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists already; remove it or choose another --out")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,9 @@ def write_tensors(
 
 def _write_shard(folder: Path, shards: list[list[str]], shard: dict[str, Tensor]) -> None:
     shards.append(list(shard))
-    save_file(shard, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+    path = folder / f"part-{len(shards)}"
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes for its owner only
 
 
 def _name_shards(folder: Path, count: int) -> list[str]:
@@ -196,9 +200,11 @@ def _check_header(header: dict[str, Any], data_bytes: int) -> None:
     spans = []
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
                 if not all(type(n) is int and n >= 0 for n in shape):
                     raise ValueError(f"{name}: shape {shape}")
+                if dtype in _ITEMSIZE and end - start != math.prod(shape) * _ITEMSIZE[dtype]:
+                    raise ValueError(f"{name}: {end - start} bytes for shape {shape} of {dtype}")
                 spans.append((start, end, name))
             case _:
                 raise ValueError(f"{name}: malformed entry")

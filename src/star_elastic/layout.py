@@ -1,16 +1,7 @@
 """Named shapes: every weight of a model, from its family's table and its config.
 
 From here, and from nowhere else, come tensor names, shapes, the index of a submodel inside its
-parent, parameter counts and memory. Evaluate one named shape under the parent's sizes and under a
-submodel's smaller sizes: the submodel keeps the leading corner of every factor of every segment.
-
-Glossary
-    symbol    a config field (`hidden_size`), or one derived from fields (`queries`)
-    segment   symbols multiplied, outermost first: `n_groups*mamba_heads*mamba_head_dim`
-    dim       segments concatenated: `z + x + B + C + dt`
-    sizes     {symbol: number}; tensors work as numbers, so that counts can be differentiated
-    run       (start, length) of consecutive indices kept on one dimension
-"""
+parent, parameter counts and memory."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -23,11 +14,7 @@ import torch
 from torch import Tensor
 
 from star_elastic.families import FAMILIES, Family
-
-Segment = tuple[str, ...]
-Dim = tuple[Segment, ...]
-Sizes = Mapping[str, Any]
-Run = tuple[int, int]
+from star_elastic.shapes import Dim, Shape, Sizes, parse, take, width
 
 _SHAPE = re.compile(r"^(?P<dims>.+?)(?: if (?P<flags>.+))?$")
 
@@ -40,7 +27,7 @@ class Weight:
     """
 
     name: str
-    dims: tuple[Dim, ...]
+    dims: Shape
     layer: int | None
     expert: int | None
     place: tuple[str, int]
@@ -50,38 +37,6 @@ class Weight:
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """The sizes of all dimensions, e.g. (10304, 2688)."""
         return tuple(width(dim, sizes) for dim in self.dims)
-
-
-def width(dim: Dim, sizes: Sizes) -> Any:
-    """The size of one dimension: a sum of products; differentiable if `sizes` holds tensors."""
-    return sum(prod(_value(symbol, sizes) for symbol in segment) for segment in dim)
-
-
-def runs(dim: Dim, parent: Sizes, child: Sizes) -> list[Run]:
-    """The indices of the parent's dimension that the child keeps, as merged (start, length)."""
-    kept: list[Run] = []
-    start = 0
-    for segment in dim:
-        outer = [_value(symbol, parent) for symbol in segment]
-        inner = [_value(symbol, child) for symbol in segment]
-        for offset, length in _corner(outer, inner):
-            _append(kept, (start + offset, length))
-        start += prod(outer)
-    return kept
-
-
-def take(tensor: Tensor, weight: Weight, parent: Sizes, child: Sizes) -> Tensor:
-    """The child's part of the parent's tensor: a view wherever one run suffices, else a copy.
-
-    Differentiable: gradients of the part flow into the whole.
-    """
-    for position, dim in enumerate(weight.dims):
-        kept = runs(dim, parent, child)
-        if kept == [(0, tensor.shape[position])]:
-            continue
-        pieces = [tensor.narrow(position, *run) for run in kept]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, position)
-    return tensor
 
 
 class Layout:
@@ -148,7 +103,7 @@ class Layout:
 
     def take(self, name: str, tensor: Tensor, child: Sizes) -> Tensor:
         """The child's part of the in-memory tensor `name`."""
-        return take(tensor, self.weights[name], self.sizes, child)
+        return take(tensor, self.weights[name].dims, self.sizes, child)
 
     def count(self, sizes: Sizes | None = None) -> Any:
         """Parameters of a submodel, embeddings included, buffers not."""
@@ -164,30 +119,36 @@ class Layout:
         """State of one sequence, `layer.kind` -> shape; `token.*` shapes are per token."""
         sizes = sizes or self.sizes
         return {
-            f"{layer}.{kind}": tuple(width(dim, sizes) for dim in _dims(text))
+            f"{layer}.{kind}": tuple(width(dim, sizes) for dim in parse(text))
             for layer, parts in enumerate(self.blocks)
             for part in parts
             for kind, text in self.family.cache.get(part, {}).items()
         }
 
-    def cache_bytes_per_token(self, sizes: Sizes | None = None, itemsize: int = 2) -> int:
+    def cache_bytes_per_token(
+        self, sizes: Sizes | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> int:
         """Bytes that one more token of context adds to the KV cache."""
         return sum(
-            itemsize * prod(shape)
+            dtype.itemsize * prod(shape)
             for kind, shape in self.cache_shapes(sizes).items()
             if ".token." in kind
         )
 
     def cache_bytes(
-        self, context: int, batch: int = 1, sizes: Sizes | None = None, itemsize: int = 2
+        self,
+        context: int,
+        batch: int = 1,
+        sizes: Sizes | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> dict[str, int]:
         """Bytes of KV, conv and SSM state for `batch` sequences of `context` tokens.
 
         The SSM state has the dtype of the config's `mamba_ssm_cache_dtype` (fp32 by default).
         """
-        dtype = getattr(torch, getattr(self.config, "mamba_ssm_cache_dtype", "float32"))
-        held = {"kv": context * batch * self.cache_bytes_per_token(sizes, itemsize)}
-        for state, size in (("conv", itemsize), ("ssm", dtype.itemsize)):
+        ssm = getattr(torch, getattr(self.config, "mamba_ssm_cache_dtype", "float32"))
+        held = {"kv": context * batch * self.cache_bytes_per_token(sizes, dtype)}
+        for state, size in (("conv", dtype.itemsize), ("ssm", ssm.itemsize)):
             held[state] = sum(
                 batch * size * prod(shape)
                 for kind, shape in self.cache_shapes(sizes).items()
@@ -196,11 +157,15 @@ class Layout:
         return held
 
     def memory(
-        self, context: int, batch: int = 1, sizes: Sizes | None = None, itemsize: int = 2
+        self,
+        context: int,
+        batch: int = 1,
+        sizes: Sizes | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> int:
         """Bytes to run a submodel: weights, KV cache, conv and SSM state."""
-        state = self.cache_bytes(context, batch, sizes, itemsize)
-        return itemsize * self.count(sizes) + sum(state.values())
+        state = self.cache_bytes(context, batch, sizes, dtype)
+        return dtype.itemsize * self.count(sizes) + sum(state.values())
 
     @property
     def _experts(self) -> str:
@@ -240,7 +205,7 @@ class Layout:
         flags = (match["flags"] or "").split(" and ") if match["flags"] else []
         if not all(getattr(self.config, flag) for flag in flags):
             return
-        dims = _dims(match["dims"])
+        dims = parse(match["dims"])
         fused, part = self._fused_parts.get(suffix, (suffix, 0))
         is_buffer = suffix in self.family.buffers
         brace = "{" + self.family.experts + "}" if self.family.experts else "{}"
@@ -315,36 +280,6 @@ def _symbols(family: Family) -> set[str]:
     texts = [text for part in family.parts.values() for text in part.values()]
     texts += family.outside.values()
     texts += [text for part in family.cache.values() for text in part.values()]
-    named = {symbol for text in texts for dim in _dims(text) for seg in dim for symbol in seg}
+    named = {symbol for text in texts for dim in parse(text) for seg in dim for symbol in seg}
     ratios = {name for text in family.derived.values() for name in re.split(r" / | or ", text)}
     return {s for s in named | ratios | set(family.axes) if not s.isdigit()} - set(family.derived)
-
-
-def _dims(text: str) -> tuple[Dim, ...]:
-    text = text.split(" if ")[0]
-    return tuple(
-        tuple(tuple(s.strip() for s in segment.split("*")) for segment in dim.split("+"))
-        for dim in text.split(",")
-    )
-
-
-def _value(symbol: str, sizes: Sizes) -> Any:
-    return int(symbol) if symbol.isdigit() else sizes[symbol]
-
-
-def _corner(outer: list[int], inner: list[int]) -> list[Run]:
-    """Leading corner `inner` of a row-major block `outer`, as runs of the flat index."""
-    if outer == inner:
-        return [(0, prod(outer))]
-    stride = prod(outer[1:])
-    if outer[1:] == inner[1:]:
-        return [(0, inner[0] * stride)]
-    nested = _corner(outer[1:], inner[1:])
-    return [(unit * stride + start, length) for unit in range(inner[0]) for start, length in nested]
-
-
-def _append(kept: list[Run], run: Run) -> None:
-    if kept and sum(kept[-1]) == run[0]:
-        kept[-1] = (kept[-1][0], kept[-1][1] + run[1])
-    elif run[1]:
-        kept.append(run)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from star_elastic import checkpoint, stock
 from star_elastic.checkpoint import Checkpoint
+from star_elastic.folder import CheckpointError
 from star_elastic.layout import Layout
 from star_elastic.submodel import ElasticSpace, Submodel, check_fields
 
@@ -55,9 +56,9 @@ class ElasticModel:
         )
         parent, info = loaded
         if lost := set(info["missing_keys"]) | set(info["mismatched_keys"]):
-            raise checkpoint.CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
+            raise CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
         has_tokenizer = (opened.path / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(opened.path) if has_tokenizer else None
+        tokenizer = load_tokenizer(opened.path) if has_tokenizer else None
         parent = parent.to(device) if device else parent
         return cls(parent.eval(), opened.space, tokenizer, opened.path)
 
@@ -82,7 +83,8 @@ class ElasticModel:
         check_fields(self.layout, fields)
         config = stock.child_config(self.parent.config, fields)
         model = stock.build(config, device="meta").eval()
-        stock.set_tensors(model, self.narrowed(fields))
+        with torch.no_grad():
+            stock.set_tensors(model, self.narrowed(fields))
         stock.share_constants(model, self.parent)
         model.tie_weights()
         if self.parent.generation_config is not None:
@@ -102,7 +104,7 @@ class ElasticModel:
     @property
     def state(self) -> dict[str, Tensor]:
         """The parent's tensors by in-memory name, as they are (not detached)."""
-        named = {**dict(self.parent.named_parameters()), **dict(self.parent.named_buffers())}
+        named = stock.get_tensors(self.parent)
         return {name: named[name] for name in self.layout.weights}
 
     def copied_bytes(self, model: PreTrainedModel) -> int:
@@ -124,3 +126,16 @@ class ElasticModel:
             checkpoint.write(
                 path, self.state, self.layout, self.space, self.source, self.tokenizer, overwrite
             )
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder or hub id; code that it may bring is never run.
+
+    Raises:
+        CheckpointError: no tokenizer that stock classes can load.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}/tokenizer_config.json: {reason}") from None

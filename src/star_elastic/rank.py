@@ -13,6 +13,7 @@ Criteria, all on activations (Nemotron Elastic, arXiv 2511.16664, section 3.1; M
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from star_elastic import stock
 from star_elastic.families import Probe
-from star_elastic.layout import Dim, Layout, Weight, symbol_of, width
+from star_elastic.layout import Layout, Weight, symbol_of
+from star_elastic.shapes import Dim, width
 
 # (layer, symbol) -> scores; the last dimension is ranked, the ones before it are groups.
 Scores = dict[tuple[int | None, str], Tensor]
@@ -63,7 +66,7 @@ def reorder(model: PreTrainedModel, orders: Order) -> None:
     An axis without an order keeps its own.
     """
     layout = Layout(model.config)
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = stock.get_tensors(model)
     before: dict[str, Tensor] = {}
     for weight in layout.stored.values():
         name = weight.place[0]
@@ -78,15 +81,7 @@ def _source(layout: Layout, weight: Weight, orders: Order) -> Weight:
     experts = orders.get((weight.layer, layout.family.experts or ""))
     if weight.expert is None or experts is None:
         return weight
-    moved = int(experts[weight.expert])
-    return next(_expert(layout, weight, moved))
-
-
-def _expert(layout: Layout, weight: Weight, expert: int) -> Iterator[Weight]:
-    brace = "{" + (layout.family.experts or "") + "}"
-    before, after = weight.suffix.split(brace)
-    name = weight.name.removesuffix(f"{before}{weight.expert}{after}")
-    yield layout.stored[f"{name}{before}{expert}{after}"]
+    return replace(weight, expert=int(experts[weight.expert]))
 
 
 def _permuted(layout: Layout, weight: Weight, tensor: Tensor, orders: Order) -> Tensor:

@@ -41,6 +41,10 @@ class Batch:
     mask: Tensor
     targets: Tensor
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(*(tensor.to(device) for tensor in (self.input_ids, self.mask, self.targets)))
+
     @property
     def tokens(self) -> int:
         """Real tokens, padding not counted."""

@@ -4,7 +4,10 @@
   at all when they decode (transformers <= 5.23). `mend` sets the config's own `time_step_limit`.
 - Their scan without the fused kernel is a slow reference. `use_chunk_scan` gives a model ours.
 - `save_pretrained` drops the legacy layer pattern that older readers want; `config_json` does not.
-- `batched_mm` experts copy every selected expert's weights per token: 40 x slower on a CPU.
+- `batched_mm` experts copy every selected expert's weights per token: 40 x slower on a CPU;
+  `grouped_mm` ones crash on rows that are no multiple of 16 bytes. Both give way to `eager`.
+- Mamba mixers zero padding before `in_proj`: with a bias there, left padding leaks into the first
+  real tokens. `pads_exactly` tells which models may be batched with padding.
 """
 
 import inspect
@@ -46,9 +49,17 @@ def mend(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, NemotronHMamba2Mixer):
             module.time_step_limit = (low, high)
-    if getattr(model.config, "_experts_implementation", None) == "batched_mm":
+    implementation = getattr(model.config, "_experts_implementation", None)
+    experts = [tensor for name, tensor in model.named_parameters() if ".experts." in name]
+    rows_fit = all(t.shape[-1] * t.element_size() % 16 == 0 for t in experts)
+    if implementation == "batched_mm" or (implementation == "grouped_mm" and not rows_fit):
         model.set_experts_implementation("eager")
     return model
+
+
+def pads_exactly(model: PreTrainedModel) -> bool:
+    """May prompts of unlike length share a batch without changing one another's result?"""
+    return not getattr(model.config, "use_bias", False)
 
 
 def use_chunk_scan(model: PreTrainedModel) -> PreTrainedModel:
@@ -89,6 +100,7 @@ def config_json(config: Any) -> dict[str, Any]:
     """`config.json` that stock classes, old readers and other engines read alike."""
     values = config.to_dict()
     values.pop("_name_or_path", None)
+    values.pop("auto_map", None)  # remote code does not travel, and is never run
     values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     for published, inner in type(config).attribute_map.items():
         if inner in values and isinstance(values[inner], int):  # to_dict knows the inner name only
@@ -104,6 +116,11 @@ def config_json(config: Any) -> dict[str, Any]:
         if (low, high) != (0.0, float("inf")):  # the default; infinity has no spelling in JSON
             values["time_step_limit"] = [low, min(high, _LARGEST_STEP)]
     return values
+
+
+def get_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model by name, as they are (not detached)."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

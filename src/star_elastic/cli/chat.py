@@ -6,7 +6,6 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from star_elastic import stock
     from star_elastic.model import ElasticModel
 
 
@@ -16,6 +15,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="per answer")] = 256,
 ) -> None:
     """Ask and answer; `/size NAME` changes the size, `/sizes` lists them, `/quit` ends."""
+    from star_elastic import stock
     from star_elastic.model import ElasticModel
 
     stock.quiet()
@@ -24,7 +24,8 @@ def chat(
     if model.tokenizer is None:
         raise ValueError(f"{checkpoint}: no tokenizer_config.json; chat needs a tokenizer")
     name = size or next(iter(model.sizes))
-    model[name]  # an unknown size is an error before the conversation begins
+    if name not in model.sizes:
+        raise ValueError(f"--size {name}: there are {', '.join(model.sizes)}")
     messages: list[dict[str, str]] = []
     while True:
         try:

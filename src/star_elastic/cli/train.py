@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from star_elastic import stock
     from star_elastic.train.trainer import StepReport
 
 
@@ -43,6 +42,7 @@ def train(
     ] = None,
 ) -> None:
     """Rank, reorder and train all sizes of a parent jointly; write one elastic checkpoint."""
+    from star_elastic import stock
     from star_elastic.train.recipe import load_recipe
     from star_elastic.train.run import train as run
 

@@ -30,11 +30,11 @@ def predicting(logits: Tensor, targets: Tensor) -> Tensor:
     return logits[:, :-1][targets[:, 1:]]
 
 
-def balance_step(bias: Tensor, chosen: Tensor, rate: float) -> None:
+def balance_step(bias: Tensor, load: Tensor, rate: float) -> None:
     """Aux-loss-free balancing (DeepSeek-V3, arXiv 2412.19437): raise the bias of idle experts.
 
     Args:
-        bias: (experts,), changed in place; chosen: indices of the experts tokens went to.
+        bias: (experts,), changed in place; load: (experts,), tokens that went to each.
     """
-    load = torch.bincount(chosen.flatten(), minlength=len(bias)).to(bias.dtype)
+    load = load.to(bias.dtype)
     bias += rate * torch.sign(load.mean() - load)

@@ -107,10 +107,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key, found, value = override.partition("=")
         if not found:
             raise RecipeError(f"--set {override}: not of the form key=value")
-        _put(values, key, yaml.safe_load(value))
+        try:
+            _put(values, key, yaml.safe_load(value))
+        except (yaml.YAMLError, TypeError) as error:
+            raise RecipeError(f"--set {override}: {' '.join(str(error).split())}") from None
     values.setdefault("name", Path(path).stem)
     try:
         return Recipe.model_validate_json(json.dumps(values))
+    except TypeError as error:  # YAML has dates, recipes have not
+        raise RecipeError(f"{path}: {error}") from None
     except ValidationError as error:
         raise RecipeError(f"{path}: {_first_line(error)}") from None
 
@@ -119,11 +124,14 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     *path, leaf = key.split(".")
     for part in path:
         values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise TypeError(f"{part} is not a mapping")
     values[leaf] = value
 
 
 def _first_line(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()  # a misspelt key that is required is missing, too: say the misspelling
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
         return f"{where or 'recipe'}: {first['msg']} (got {first['input']!r:.80})"

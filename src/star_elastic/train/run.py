@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from star_elastic import checkpoint, rank, stock
-from star_elastic.model import ElasticModel
+from star_elastic.model import ElasticModel, load_tokenizer
 from star_elastic.records import encode, read_records
 from star_elastic.submodel import ElasticSpace, Training
 from star_elastic.train.data import Batches
@@ -23,6 +23,7 @@ from star_elastic.train.sizes import named_sizes
 from star_elastic.train.trainer import StepReport, Trainer
 
 SORTED, ELASTIC, PARENT, STATE = "sorted", "elastic", "parent", "state"
+METRICS = "metrics.jsonl"
 
 
 def train(
@@ -45,7 +46,8 @@ def train(
     trainer = Trainer(model, teacher, batches, recipe.train, out / STATE)
     if resume and trainer.resume():
         say(f"going on from step {trainer.position.step}")
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+    _forget_after(out / METRICS, trainer.position.step)
+    with (out / METRICS).open("a", encoding="utf-8") as metrics:
 
         def log(report: StepReport) -> None:
             metrics.write(json.dumps(vars(report)) + "\n")
@@ -64,7 +66,7 @@ def make_parent(recipe: Recipe) -> ElasticModel:
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(recipe.init.seed)
     parent = stock.build(config).float()
-    tokenizer = AutoTokenizer.from_pretrained(recipe.init.tokenizer)
+    tokenizer = load_tokenizer(recipe.init.tokenizer)
     return ElasticModel(parent, tokenizer=tokenizer)
 
 
@@ -100,6 +102,13 @@ def make_batches(recipe: Recipe, tokenizer: Any) -> Batches:
     examples = encode(tokenizer, records, recipe.data.max_length, recipe.data.loss_on)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Batches(examples, recipe.train.tokens, pad or 0, recipe.train.seed)
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that were taken after the last saved state: they come again."""
+    if metrics.exists():
+        lines = metrics.read_text("utf-8").splitlines(keepends=True)
+        metrics.write_text("".join(lines[:step]), "utf-8")
 
 
 def _calibration(batches: Batches, samples: int) -> Iterator[tuple[Tensor, Tensor]]:

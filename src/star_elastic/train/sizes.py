@@ -38,6 +38,8 @@ def by_fraction(
     Raises:
         RecipeError: nothing that the stock class can express comes within 0.1 of the fraction.
     """
+    if not 0 < fraction <= 1:
+        raise RecipeError(f"{where}: {fraction} is no share of the parent (0 to 1)")
     if fraction == 1:
         return {}
     full = layout.count_active()

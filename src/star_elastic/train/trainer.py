@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,12 @@ from star_elastic.train.distillation import (
     next_token_loss,
     predicting,
 )
+from star_elastic.train.interrupt import interrupts_held
 from star_elastic.train.recipe import Optimise
 from star_elastic.train.state import Position, load_state, save_state
+
+# (bias, experts of the size) -> tokens that went to each expert in this step
+Loads = dict[tuple[str, int], Tensor]
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Trainer:
         self.state_folder = state_folder
         self.position = Position()
         self.weights = model.state
+        self.device = next(iter(self.weights.values())).device
         parameters = [p for p in self.weights.values() if isinstance(p, nn.Parameter)]
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -108,7 +114,8 @@ class Trainer:
     def save(self) -> None:
         """Write the state from which `resume` goes on."""
         if self.state_folder is not None:
-            save_state(self.state_folder, self.position, self.weights, self.optimizer)
+            with interrupts_held():
+                save_state(self.state_folder, self.position, self.weights, self.optimizer)
 
     def drawn(self, micro_batch: int) -> str:
         """The size of the n-th micro-batch; the seed decides, so that a resume draws alike."""
@@ -131,56 +138,57 @@ class Trainer:
         """One optimizer step on the next micro-batches of a stream."""
         start = time.perf_counter()
         losses: dict[str, list[float]] = defaultdict(list)
-        position = self.position
-        micro_batches, tokens = position.micro_batches, position.tokens
+        loads: Loads = {}
+        micro_batches, tokens = self.position.micro_batches, self.position.tokens
         for _ in range(self.settings.accumulate):
-            batch, size = next(stream), self.drawn(micro_batches)
-            with self._balanced(size, batch):
+            batch, size = next(stream).to(self.device), self.drawn(micro_batches)
+            with self._counted(size, batch, loads):
                 loss = self.loss(batch, size)
             (loss / self.settings.accumulate).backward()
             losses[size].append(loss.item())
             micro_batches, tokens = micro_batches + 1, tokens + batch.tokens
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
-        rate = learning_rate(self.settings, position.step)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip).item()
+        rate = learning_rate(self.settings, self.position.step)
+        seconds = self.position.seconds + time.perf_counter() - start
+        with interrupts_held():  # weights, moments, biases and position move together
+            self._update(rate, loads)
+            self.position = Position(self.position.step + 1, micro_batches, tokens, seconds)
+        mean = {size: sum(values) / len(values) for size, values in losses.items()}
+        counts = {size: len(values) for size, values in losses.items()}
+        return StepReport(self.position.step, mean, rate, norm, tokens, seconds, counts)
+
+    def _update(self, rate: float, loads: Loads) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - start
-        self.position = Position(
-            position.step + 1, micro_batches, tokens, position.seconds + seconds
-        )
-        mean = {size: sum(values) / len(values) for size, values in losses.items()}
-        counts = {size: len(values) for size, values in losses.items()}
-        return StepReport(
-            self.position.step, mean, rate, norm.item(), tokens, self.position.seconds, counts
-        )
+        for (name, experts), load in loads.items():
+            balance_step(self.weights[name][:experts], load, self.settings.balance_rate)
 
     def _skeleton(self, name: str) -> PreTrainedModel:
         model = self.model.submodel(**self.model.sizes[name].config)
         return stock.use_chunk_scan(model.train())
 
     def _autocast(self) -> torch.autocast:
-        device = next(iter(self.weights.values())).device.type
         enabled = self.settings.dtype == "bfloat16"
-        return torch.autocast(device, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @contextmanager
-    def _balanced(self, size: str, batch: Batch) -> Iterator[None]:
-        """Update the gates' balancing bias from what one forward pass chose."""
-        rate = self.settings.balance_rate
+    def _counted(self, size: str, batch: Batch, loads: Loads) -> Iterator[None]:
+        """Count the tokens each expert gets in one forward pass, if gates are to be balanced."""
         hooks = []
         real = batch.mask.flatten()
-        for name, module in self.skeletons[size].named_modules() if rate else ():
+        modules = self.skeletons[size].named_modules() if self.settings.balance_rate else ()
+        for module_name, module in modules:
             if hasattr(module, "e_score_correction_bias"):
-                bias = self.weights[f"{name}.e_score_correction_bias"]
+                name = f"{module_name}.e_score_correction_bias"
 
                 def hook(
-                    _: nn.Module, __: object, output: tuple[Tensor, ...], bias: Tensor = bias
+                    gate: nn.Module, _: object, output: tuple[Tensor, ...], name: str = name
                 ) -> None:
-                    experts = self.model.layout.sizes_of(self.model.sizes[size].config)
-                    kept = bias[: experts[self.model.layout.family.experts or ""]]
-                    balance_step(kept, output[2][real], rate)
+                    experts = cast(int, gate.num_experts)
+                    load = torch.bincount(output[2][real].flatten(), minlength=experts)
+                    loads[name, experts] = loads.get((name, experts), 0) + load
 
                 hooks.append(module.register_forward_hook(hook))
         try:
@@ -191,7 +199,7 @@ class Trainer:
 
 
 def learning_rate(settings: Optimise, step: int) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak at the last step."""
+    """Linear warm-up, then a cosine towards `min_lr_ratio` of the peak."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)

@@ -1,0 +1,72 @@
+"""The demo line end to end at a reduced size, on the parent that ships."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from star_elastic import ElasticModel
+from star_elastic.evaluate import evaluate_size, mean
+from star_elastic.records import read_records
+
+ROOT = Path(__file__).parents[1]
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the line."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    words = ["--out", folder, "--train-records", 6000, "--heldout-records", 90]
+    words += ["--set", f"train.steps={STEPS}", "--set", "train.warmup_steps=10"]
+    command = [sys.executable, "-m", "demo.run", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_parent_that_ships_is_small_and_stock() -> None:
+    folder = ROOT / "demo" / "parent"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 6_000_000
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert 1_000_000 <= sum(p.numel() for p in model.parameters()) <= 3_000_000
+    assert {"linear_attention", "full_attention", "moe"} <= set(model.config.layers_block_type)
+    assert AutoTokenizer.from_pretrained(folder).chat_template is not None
+
+
+@pytest.mark.slow
+def test_the_line_leaves_what_it_promises(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    assert [row["name"] for row in report["sizes"]] == ["full", "middle", "small"]
+    assert all(row["trained"] for row in report["sizes"])
+    full, middle, small = (row["active_params"] for row in report["sizes"])
+    assert 0.65 <= middle / full <= 0.75
+    assert 0.35 <= small / full <= 0.45
+    for name in ("middle", "small"):
+        AutoModelForCausalLM.from_pretrained(out / "slices" / name)
+        assert report["slices"][name]["max_difference_to_view"] == 0
+    assert report["resident"]["ratio"] <= 1.01
+    text = (out / "report.md").read_text()
+    assert "Masking the whole parent instead would have cost" in text
+    assert (out / "quality.png").stat().st_size > 5000 and (out / "training.png").exists()
+
+
+@pytest.mark.slow
+def test_training_makes_the_small_size_better_than_sorting_does(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    trained, untrained = report["elastic"]["small"], report["sorted"]["small"]
+    assert mean(trained, "nll") < 0.5 * mean(untrained, "nll")
+    assert mean(report["sorted"]["full"], "nll") == pytest.approx(mean(report["parent"], "nll"))
+
+
+@pytest.mark.slow
+def test_reported_quality_can_be_measured_again_from_the_files(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    model = ElasticModel.from_pretrained(out / "slices" / "small")
+    heldout = read_records(out / "data" / "heldout.jsonl")
+    again = evaluate_size(model.parent, model.tokenizer, heldout, generate=False)
+    for task, quality in report["elastic"]["small"].items():
+        assert again[task]["nll"] == pytest.approx(quality["nll"], abs=1e-4)

@@ -1,0 +1,168 @@
+"""Recipes: what they hold, and that a slip in one is named."""
+
+from pathlib import Path
+
+import pytest
+from models import tiny_config
+
+from star_elastic.layout import Layout
+from star_elastic.train.recipe import Recipe, RecipeError, load_recipe
+from star_elastic.train.sizes import by_fraction, named_sizes
+
+TEXT = """
+parent: some/folder
+data: {train: train.jsonl, heldout: heldout.jsonl}
+sizes: {full: {}, small: {hidden_size: 16}}
+train: {steps: 10}
+"""
+
+
+def recipe(tmp_path: Path, text: str = TEXT, *overrides: str) -> Recipe:
+    (tmp_path / "tiny.yaml").write_text(text)
+    return load_recipe(tmp_path / "tiny.yaml", overrides)
+
+
+def refused(tmp_path: Path, message: str, text: str = TEXT, *overrides: str) -> None:
+    with pytest.raises(RecipeError, match=message) as error:
+        recipe(tmp_path, text, *overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_a_recipe(tmp_path: Path) -> None:
+    found = recipe(tmp_path)
+    assert found.name == "tiny"
+    assert found.sizes == {"full": {}, "small": {"hidden_size": 16}}
+    assert found.train.steps == 10
+    assert found.train.accumulate == 1
+
+
+def test_overrides(tmp_path: Path) -> None:
+    overrides = ["train.steps=7", "train.betas=[0.8, 0.9]", "sizes.small.hidden_size=8", "name=x"]
+    found = recipe(tmp_path, TEXT, *overrides, "train.dtype=bfloat16")
+    assert (found.train.steps, found.train.betas, found.name) == (7, (0.8, 0.9), "x")
+    assert found.sizes["small"] == {"hidden_size": 8}
+    assert found.train.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=7", r"tiny\.yaml: train\.step: unknown key; did you mean 'steps'\?"),
+        ("train.lerning_rate=1", r"train\.lerning_rate: .* did you mean 'learning_rate'"),
+        ("data.heldot=x", r"data\.heldot: .* did you mean 'heldout'"),
+        ("rank.sample=1", r"rank\.sample: .* did you mean 'samples'"),
+        ("parrent=x", r"parrent: .* did you mean 'parent'"),
+    ],
+)
+def test_an_unknown_key_names_the_closest(tmp_path: Path, override: str, message: str) -> None:
+    refused(tmp_path, message, TEXT, override)
+
+
+def test_an_unknown_key_of_an_optional_part_names_the_closest(tmp_path: Path) -> None:
+    text = TEXT.replace("parent: some/folder", "init: {config: {}, tokenzer: x}")
+    refused(tmp_path, r"init\.tokenzer: .* did you mean 'tokenizer'", text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("train.steps=0", "train.steps"),
+        ("train.steps=1.5", "train.steps"),
+        ("train.steps=ten", "train.steps"),
+        ("train.tokens=15", "train.tokens"),
+        ("train.accumulate=0", "train.accumulate"),
+        ("train.learning_rate=0", "train.learning_rate"),
+        ("train.learning_rate=-1", "train.learning_rate"),
+        ("train.min_lr_ratio=1.1", "train.min_lr_ratio"),
+        ("train.warmup_steps=-1", "train.warmup_steps"),
+        ("train.clip=0", "train.clip"),
+        ("train.balance_rate=-1", "train.balance_rate"),
+        ("train.weight_decay=-1", "train.weight_decay"),
+        ("train.dtype=float16", "train.dtype"),
+        ("train.save_every=0", "train.save_every"),
+        ("train.betas=[0.9]", "train.betas"),
+        ("data.max_length=7", "data.max_length"),
+        ("data.loss_on=prompt", "data.loss_on"),
+        ("data.train=1", "data.train"),
+        ("rank.samples=0", "rank.samples"),
+        ("sizes.small.hidden_size=wide", "sizes.small"),
+    ],
+)
+def test_a_value_out_of_bounds_is_named(tmp_path: Path, override: str, field: str) -> None:
+    refused(tmp_path, rf"tiny\.yaml: {field}", TEXT, override)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5])
+def test_a_fraction_that_is_none_is_named(tmp_path: Path, fraction: float) -> None:
+    layout = Layout(tiny_config("llama", hidden_size=128))
+    with pytest.raises(RecipeError, match=r"sizes\.small"):
+        named_sizes(layout, recipe(tmp_path, TEXT, f"sizes.small={fraction}"))
+
+
+def test_a_value_that_json_does_not_know_is_named(tmp_path: Path) -> None:
+    refused(tmp_path, r"tiny\.yaml: .*date", TEXT, "name=2026-01-01")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TEXT.replace("parent: some/folder", ""), "either parent or init"),
+        (TEXT + "init: {config: {}, tokenizer: x}", "either parent or init"),
+        (TEXT.replace("train: {steps: 10}", ""), "train"),
+        ("- a", "not a mapping"),
+        ("a: [", "tiny.yaml"),
+        ("", "not a mapping"),
+    ],
+)
+def test_a_recipe_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    refused(tmp_path, message, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.size_probs={huge: 1}", "'huge', which is not a size"),
+        ("train.size_probs={small: -1}", "must be positive"),
+        ("train.size_probs={small: 0}", "must be positive"),
+        ("train.steps", "not of the form key=value"),
+        ("train.steps.more=1", "train.steps"),
+    ],
+)
+def test_an_override_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
+    refused(tmp_path, message, TEXT, override)
+
+
+def test_an_override_that_is_no_yaml(tmp_path: Path) -> None:
+    refused(tmp_path, "train.steps", TEXT, "train.steps=[")
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nowhere.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("fraction", [0.4, 0.6, 0.8])
+def test_a_fraction_is_met_by_the_widths(family: str, fraction: float) -> None:
+    widths = {"hidden_size": 128, "intermediate_size": 192}
+    widths |= {"moe_intermediate_size": 64} if family != "llama" else {}
+    layout = Layout(tiny_config(family, **widths))
+    fields = by_fraction(layout, fraction, {"hidden_size": 16})
+    share = layout.count_active(layout.sizes_of(fields)) / layout.count_active()
+    assert abs(share - fraction) <= 0.1
+    assert fields["hidden_size"] % 16 == 0
+    assert all(value % 8 == 0 or value == layout.sizes[f] for f, value in fields.items())
+    assert all(value <= layout.sizes[field] for field, value in fields.items())
+
+
+def test_sizes_are_fields_or_fractions(tmp_path: Path) -> None:
+    layout = Layout(tiny_config("llama", hidden_size=128))
+    found = named_sizes(layout, recipe(tmp_path, TEXT, "sizes.half=0.5", "sizes.full=1.0"))
+    assert found["full"] == {}
+    assert found["small"] == {"hidden_size": 16}
+    assert found["half"] == by_fraction(layout, 0.5, {})
+
+
+def test_a_fraction_out_of_reach_is_named() -> None:
+    with pytest.raises(RecipeError, match="sizes.tiny: no size is near 0.01"):
+        by_fraction(Layout(tiny_config("llama")), 0.01, {}, "sizes.tiny")
