@@ -60,8 +60,9 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    tokenizer.add_tokens(
-        [AddedToken(mark, special=False, normalized=False) for mark in (THINK_OPEN, THINK_CLOSE)]
-    )
+    marks: list[str | AddedToken] = [
+        AddedToken(mark, special=False, normalized=False) for mark in (THINK_OPEN, THINK_CLOSE)
+    ]
+    tokenizer.add_tokens(marks)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -4,6 +4,7 @@
 checkpoint out of a parent in memory; `slice_checkpoint` cuts a stock folder of one size out of it.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -92,15 +93,13 @@ class Checkpoint:
     def tensors(self, child: Sizes | None = None) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a submodel, one at a time, read from the parent's files."""
         child = child or self.layout.sizes
-        experts = child.get(self.layout.family.experts or "", 0)
         opened, handle = "", None
-        for name, weight in self.layout.stored.items():
-            if weight.expert is not None and weight.expert >= experts:
-                continue
-            file = self.stored[name].file
+        for weight in self.layout.kept(child):
+            file = self.stored[weight.name].file
             if handle is None or file != opened:
                 opened, handle = file, safe_open(self.path / file, framework="pt")
-            yield name, take(handle.get_tensor(name), weight.dims, self.layout.sizes, child)
+            whole = handle.get_tensor(weight.name)
+            yield weight.name, take(whole, weight.dims, self.layout.sizes, child)
 
     def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
         """KV cache bytes of one token, in the dtype of the weights."""
@@ -117,11 +116,9 @@ class Checkpoint:
     def disk_bytes(self, child: Sizes | None = None) -> int:
         """Bytes of weights that a folder of this size takes on disk."""
         child = child or self.layout.sizes
-        experts = child.get(self.layout.family.experts or "", 0)
         return sum(
-            torch.Size(weight.shape(child)).numel() * _itemsize(self.stored[name])
-            for name, weight in self.layout.stored.items()
-            if weight.expert is None or weight.expert < experts
+            math.prod(weight.shape(child)) * _itemsize(self.stored[weight.name])
+            for weight in self.layout.kept(child)
         )
 
 

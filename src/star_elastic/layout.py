@@ -87,6 +87,11 @@ class Layout:
                 weights[name] = replace(weight, name=name, dims=dims, expert=None)
         return weights
 
+    def kept(self, child: Sizes) -> Iterator[Weight]:
+        """The published tensors that a submodel keeps: an expert beyond its count is gone."""
+        experts = child.get(self.family.experts or "", 0)
+        return (w for w in self.stored.values() if w.expert is None or w.expert < experts)
+
     def sizes_of(self, fields: Mapping[str, int]) -> dict[str, int]:
         """The sizes of a submodel: this config with some fields replaced."""
         return resolve(self.family, self.config, fields)
