@@ -15,7 +15,7 @@ from rich.console import Console
 from demo.data import data_files
 from demo.tokenizer import build_tokenizer
 from star_elastic import stock
-from star_elastic.cli.train import LiveLosses
+from star_elastic.cli.progress import LiveLosses
 from star_elastic.evaluate import evaluate
 from star_elastic.model import ElasticModel
 from star_elastic.records import read_records

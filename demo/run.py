@@ -28,12 +28,12 @@ from demo import report
 from demo.data import data_files
 from star_elastic import stock
 from star_elastic.checkpoint import Checkpoint, declare, slice_checkpoint
+from star_elastic.cli.progress import LiveLosses
 from star_elastic.cli.table import print_sizes, size_rows
-from star_elastic.cli.train import LiveLosses
-from star_elastic.evaluate import Quality, evaluate, evaluate_size, with_quality
+from star_elastic.evaluate import Quality, evaluate, with_quality
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record, read_records
-from star_elastic.train.alone import train_alone
+from star_elastic.train.baselines import train_alone
 from star_elastic.train.recipe import Recipe, load_recipe
 from star_elastic.train.run import train
 
@@ -128,9 +128,7 @@ class Line:
             live = LiveLosses(self.console, self.recipe.train.steps)
             with live.progress:
                 model = train_alone(self.recipe, size.config, live)
-            self.figures["alone"][name] = evaluate_size(
-                model.parent, model.tokenizer, heldout, self.recipe.data.max_length
-            )
+            self.figures["alone"][name] = self._quality(model, heldout)["full"]
 
     def _open(self, folder: str) -> ElasticModel:
         return ElasticModel.from_pretrained(self.out / folder)

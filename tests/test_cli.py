@@ -133,6 +133,21 @@ def test_evaluate_measures_every_size_and_stores_it_when_told(run: Path) -> None
     assert all("accuracy" not in task for row in losses for task in row["quality"].values())
 
 
+def test_evaluate_measures_the_baselines_when_given_the_recipe(run: Path) -> None:
+    words = ["evaluate", run / "e/elastic", "--data", run / "heldout.jsonl", "--json"]
+    words += ["--nll-only", "--baselines", run / "elastic.yaml"]
+    rows = json.loads(cli(*words).stdout)
+    assert all(set(row["baselines"]) == {"sorted", "alone"} for row in rows)
+    full, small = rows
+    words = ["evaluate", run / "e/sorted", "--data", run / "heldout.jsonl", "--json", "--nll-only"]
+    for row, again in zip(rows, json.loads(cli(*words).stdout), strict=True):
+        assert row["baselines"]["sorted"] == again["quality"]
+    for task, quality in small["baselines"]["alone"].items():
+        assert quality["nll"] > 0 and quality != small["quality"][task]
+    table = cli(*[word for word in words if word != "--json"]).stdout
+    assert "mathematics" in table and full["name"] in table
+
+
 def test_chat_changes_its_size_in_mid_conversation(run: Path) -> None:
     words = [sys.executable, "-m", "star_elastic", "chat", run / "e/elastic", "--max-new-tokens", 4]
     said = "What is 1+1?\n/size small\n/size nope\nAnd 2+2?\n/quit\n"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.model import ElasticModel
-from star_elastic.train.alone import train_alone
+from star_elastic.train.baselines import train_alone
 from star_elastic.train.recipe import Recipe, load_recipe
 from star_elastic.train.run import train
 from star_elastic.train.trainer import StepReport

@@ -52,8 +52,12 @@ def print_sizes(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         )
     console = Console()
     console.print(table)
-    if any(row["quality"] for row in rows):
-        console.print(_quality_table(rows))
+    measured = [row for row in rows if row["quality"]]
+    for row in rows:
+        for baseline, quality in row.get("baselines", {}).items():
+            measured.append({"name": f"{row['name']}, {baseline}", "quality": quality})
+    if measured:
+        console.print(_quality_table(measured))
 
 
 def _quality_table(rows: Sequence[dict[str, Any]]) -> Table:

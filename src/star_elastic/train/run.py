@@ -5,21 +5,20 @@ A run folder holds `sorted/` (the reordered, untrained parent: teacher and basel
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from star_elastic import checkpoint, rank, stock
+from star_elastic import checkpoint, stock
 from star_elastic.model import ElasticModel, load_tokenizer
 from star_elastic.records import encode, read_records
 from star_elastic.submodel import ElasticSpace, Training
 from star_elastic.train.data import Batches
 from star_elastic.train.recipe import Recipe
-from star_elastic.train.sizes import named_sizes
+from star_elastic.train.sort import sorted_parent
 from star_elastic.train.trainer import StepReport, Trainer
 
 SORTED, ELASTIC, PARENT, STATE = "sorted", "elastic", "parent", "state"
@@ -70,13 +69,6 @@ def make_parent(recipe: Recipe) -> ElasticModel:
     return ElasticModel(parent, tokenizer=tokenizer)
 
 
-def sort_units(model: ElasticModel, batches: Batches, samples: int) -> None:
-    """Rank every unit on some calibration rows and put them in nested order, in place."""
-    stock.mend(model.parent)
-    scores = rank.score(model.parent, _calibration(batches, samples))
-    rank.reorder(model.parent, rank.order(scores))
-
-
 def _prepare(
     recipe: Recipe, out: Path, say: Callable[[str], None]
 ) -> tuple[ElasticModel, PreTrainedModel | None, Batches]:
@@ -85,14 +77,13 @@ def _prepare(
         model = make_parent(recipe)
         return model, None, make_batches(recipe, model.tokenizer)
     folder = out / SORTED
-    parent = ElasticModel.from_pretrained(folder if folder.is_dir() else str(recipe.parent))
-    batches = make_batches(recipe, parent.tokenizer)
-    if not folder.is_dir():
+    if folder.is_dir():
+        parent = ElasticModel.from_pretrained(folder)
+    else:
         say("ranking and reordering the parent")
-        sort_units(parent, batches, recipe.rank.samples)
-        sizes = named_sizes(parent.layout, recipe)
-        parent.space = ElasticSpace.of(parent.layout, sizes, multiple_of=recipe.multiple_of)
+        parent = sorted_parent(recipe)
         parent.save_pretrained(folder)
+    batches = make_batches(recipe, parent.tokenizer)
     return ElasticModel.from_pretrained(folder, dtype=torch.float32), parent.parent, batches
 
 
@@ -109,15 +100,6 @@ def _forget_after(metrics: Path, step: int) -> None:
     if metrics.exists():
         lines = metrics.read_text("utf-8").splitlines(keepends=True)
         metrics.write_text("".join(lines[:step]), "utf-8")
-
-
-def _calibration(batches: Batches, samples: int) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = 0
-    for batch in batches:
-        yield batch.input_ids, batch.mask
-        rows += len(batch.input_ids)
-        if rows >= samples:
-            return
 
 
 def _write(recipe: Recipe, out: Path, trainer: Trainer, teacher: PreTrainedModel | None) -> Path:

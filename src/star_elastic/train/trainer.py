@@ -50,6 +50,13 @@ class StepReport:
     sizes: dict[str, int] = field(default_factory=dict)  # micro-batches per size
 
 
+OnStep = Callable[[StepReport], None]
+
+
+def _ignore(_: StepReport) -> None:
+    """Nobody listens."""
+
+
 class Trainer:
     """Trains all sizes of one parent in place.
 
@@ -95,12 +102,12 @@ class Trainer:
         self.position = position or self.position
         return position is not None
 
-    def run(self, on_step: Callable[[StepReport], None] = lambda report: None) -> None:
+    def run(self, on_step: OnStep = _ignore) -> None:
         """Train to the last step. An interrupt saves the state of the last whole step first."""
         stream = self.batches.after(self.position.micro_batches)
         try:
             while self.position.step < self.settings.steps:
-                on_step(self.step(stream))
+                self.step(stream, on_step)
                 if self.position.step % self.settings.save_every == 0:
                     self.save()
         except KeyboardInterrupt:
@@ -134,8 +141,8 @@ class Trainer:
             target = predicting(self.teacher(**inputs).logits, batch.targets)
         return forward_kl(predicting(logits, batch.targets), target)
 
-    def step(self, stream: Iterator[Batch]) -> StepReport:
-        """One optimizer step on the next micro-batches of a stream."""
+    def step(self, stream: Iterator[Batch], on_step: OnStep = _ignore) -> StepReport:
+        """One optimizer step on the next micro-batches of a stream, reported to `on_step`."""
         start = time.perf_counter()
         losses: dict[str, list[float]] = defaultdict(list)
         loads: Loads = {}
@@ -150,12 +157,15 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip).item()
         rate = learning_rate(self.settings, self.position.step)
         seconds = self.position.seconds + time.perf_counter() - start
-        with interrupts_held():  # weights, moments, biases and position move together
-            self._update(rate, loads)
-            self.position = Position(self.position.step + 1, micro_batches, tokens, seconds)
         mean = {size: sum(values) / len(values) for size, values in losses.items()}
         counts = {size: len(values) for size, values in losses.items()}
-        return StepReport(self.position.step, mean, rate, norm, tokens, seconds, counts)
+        step = self.position.step + 1
+        report = StepReport(step, mean, rate, norm, tokens, seconds, counts)
+        with interrupts_held():  # weights, moments, biases, position and log move together
+            self._update(rate, loads)
+            self.position = Position(step, micro_batches, tokens, seconds)
+            on_step(report)
+        return report
 
     def _update(self, rate: float, loads: Loads) -> None:
         for group in self.optimizer.param_groups:
