@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ torch.set_num_threads(1)
 # Where transformers would copy and run a folder's own code; a test watches it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Shells start background jobs with SIGINT ignored, and children inherit that: tests press Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
