@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,6 +62,16 @@ def test_training_makes_the_small_size_better_than_sorting_does(out: Path) -> No
     assert mean(trained, "nll") < 0.5 * mean(untrained, "nll")
     parent = mean(report["parent"], "nll")
     assert mean(report["sorted"]["full"], "nll") == pytest.approx(parent, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_readme_runs(out: Path) -> None:
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    for block in blocks:
+        code = block.split("```")[0].replace("runs/demo/elastic", str(out / "elastic"))
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert names["small"].config.hidden_size < names["model"].parent.config.hidden_size
 
 
 @pytest.mark.slow
