@@ -24,6 +24,7 @@ from star_elastic.folder import (
     Stored,
     atomic_folder,
     digest,
+    one_line,
     read_json,
     replace_json,
     stored_tensors,
@@ -70,7 +71,7 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             layout = Layout(config)
         except Exception as error:
-            raise CheckpointError(f"{config_path}: {_one_line(error)}") from None
+            raise CheckpointError(f"{config_path}: {one_line(error)}") from None
         space = _space(config_path, raw.get("elastic_config"), layout)
         stored = stored_tensors(folder)
         _check_tensors(folder, config, layout, stored)
@@ -219,7 +220,7 @@ def _local(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
         raise CheckpointError(
-            f"{path}: neither a folder nor a reachable repository ({_one_line(error)})"
+            f"{path}: neither a folder nor a reachable repository ({one_line(error)})"
         ) from None
 
 
@@ -275,7 +276,3 @@ def _copy_companions(source: Path, target: Path) -> None:
 
 def _itemsize(stored: Stored) -> int:
     return getattr(torch, _DTYPES[stored.dtype]).itemsize
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

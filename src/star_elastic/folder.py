@@ -37,6 +37,11 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
 
 
+def one_line(error: Exception) -> str:
+    """What another library had to say, short enough to stand behind a file's name."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; duplicate keys are refused.
 

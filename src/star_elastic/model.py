@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from star_elastic import checkpoint, stock
 from star_elastic.checkpoint import Checkpoint
-from star_elastic.folder import CheckpointError
+from star_elastic.folder import CheckpointError, one_line
 from star_elastic.layout import Layout
 from star_elastic.submodel import ElasticSpace, Submodel, check_fields
 
@@ -137,5 +137,4 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}/tokenizer_config.json: {reason}") from None
+        raise CheckpointError(f"{folder}/tokenizer_config.json: {one_line(error)}") from None
