@@ -173,7 +173,9 @@ def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
     values = read_json(checkpoint.path / "config.json")
     values["elastic_config"] = space.model_dump()
     replace_json(checkpoint.path / "config.json", values)
-    (checkpoint.path / "README.md").write_text(card.of_checkpoint(checkpoint.layout, space))
+    (checkpoint.path / "README.md").write_text(
+        card.of_checkpoint(checkpoint.layout, space), "utf-8"
+    )
 
 
 def slice_checkpoint(

@@ -1,7 +1,8 @@
 """Named shapes: every weight of a model, from its family's table and its config.
 
-From here, and from nowhere else, come tensor names, shapes, the index of a submodel inside its
-parent, parameter counts and memory."""
+From here, and from nowhere else, come tensor names, shapes, parameter counts and memory; the index
+of a submodel inside its parent is `shapes.runs`.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from star_elastic.families import FAMILIES, Family
 from star_elastic.shapes import Dim, Shape, Sizes, parse, take, width
-
-_SHAPE = re.compile(r"^(?P<dims>.+?)(?: if (?P<flags>.+))?$")
 
 
 @dataclass(frozen=True)
@@ -205,17 +204,15 @@ class Layout:
                     yield from self._expand(prefix, suffix, text, layer)
 
     def _expand(self, prefix: str, suffix: str, text: str, layer: int | None) -> Iterator[Weight]:
-        match = _SHAPE.match(text)
-        assert match is not None, text
-        flags = (match["flags"] or "").split(" and ") if match["flags"] else []
-        if not all(getattr(self.config, flag) for flag in flags):
+        _, _, flags = text.partition(" if ")
+        if not all(getattr(self.config, flag) for flag in flags.split(" and ") if flag):
             return
-        dims = parse(match["dims"])
         fused, part = self._fused_parts.get(suffix, (suffix, 0))
         is_buffer = suffix in self.family.buffers
         brace = "{" + self.family.experts + "}" if self.family.experts else "{}"
         dims = tuple(
-            tuple(tuple(self._alias.get(s, s) for s in segment) for segment in dim) for dim in dims
+            tuple(tuple(self._alias.get(s, s) for s in segment) for segment in dim)
+            for dim in parse(text)
         )
         for expert in range(self.sizes[self._experts]) if brace in suffix else (None,):
             name = prefix + suffix.replace(brace, str(expert))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from star_elastic.folder import one_line
 from star_elastic.submodel import Strict
 
 
@@ -100,7 +101,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path}: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: not a mapping")
     for override in overrides:
@@ -110,7 +111,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             _put(values, key, yaml.safe_load(value))
         except (yaml.YAMLError, TypeError) as error:
-            raise RecipeError(f"--set {override}: {' '.join(str(error).split())}") from None
+            raise RecipeError(f"--set {override}: {one_line(error)}") from None
     values.setdefault("name", Path(path).stem)
     try:
         return Recipe.model_validate_json(json.dumps(values))

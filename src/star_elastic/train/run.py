@@ -109,7 +109,7 @@ def _write(recipe: Recipe, out: Path, trainer: Trainer, teacher: PreTrainedModel
         folder, space, dtypes = out / PARENT, None, {name: torch.float32 for name in state}
     else:
         folder = out / ELASTIC
-        dtypes = {name: t.dtype for name, t in ElasticModel(teacher).state.items()}
+        dtypes = {name: t.dtype for name, t in stock.get_tensors(teacher).items()}
         position = trainer.position
         training = Training(recipe=recipe.name, steps=position.step, tokens=position.tokens)
         sizes = {name: size.config for name, size in model.sizes.items()}
