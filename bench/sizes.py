@@ -12,6 +12,7 @@ from typing import Any
 
 from star_elastic import stock
 from star_elastic.model import ElasticModel
+from star_elastic.submodel import Fields
 
 
 def resident(model: ElasticModel) -> dict[str, float]:
@@ -30,7 +31,7 @@ def new_size_seconds(model: ElasticModel, repeats: int = 9) -> dict[str, float]:
     return {name: _making(model, size.config, repeats) for name, size in model.sizes.items()}
 
 
-def _making(model: ElasticModel, fields: dict[str, int], repeats: int) -> float:
+def _making(model: ElasticModel, fields: Fields, repeats: int) -> float:
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -56,7 +56,7 @@ def main() -> None:
     make_tokenizer(train_path, recipe.init.config["vocab_size"], tokenizer)
     live = LiveLosses(console, recipe.train.steps)
     with live.progress:
-        folder = train(recipe, arguments.out, on_step=live)
+        folder = train(recipe, arguments.out, callbacks=[live])
     quality = evaluate(ElasticModel.from_pretrained(folder), read_records(recipe.data.heldout))
     console.print_json(json.dumps(quality["full"]))
 

@@ -79,7 +79,7 @@ class Line:
         """Rank, reorder and train jointly; `out/elastic` and `out/sorted` appear."""
         live = LiveLosses(self.console, self.recipe.train.steps)
         with live.progress:
-            train(self.recipe, self.out, self.resume, on_step=live, say=live.progress.console.print)
+            train(self.recipe, self.out, self.resume, [live], live.progress.console.print)
         with (self.out / "metrics.jsonl").open(encoding="utf-8") as lines:
             last = [json.loads(line) for line in lines][-1]
         self.figures["tokens"] = last["tokens"]
@@ -127,14 +127,14 @@ class Line:
         for name, size in self._open("elastic").sizes.items():
             live = LiveLosses(self.console, self.recipe.train.steps)
             with live.progress:
-                model = train_alone(self.recipe, size.config, live)
+                model = train_alone(self.recipe, size.config, [live])
             self.figures["alone"][name] = self._quality(model, heldout)["full"]
 
     def _open(self, folder: str) -> ElasticModel:
         return ElasticModel.from_pretrained(self.out / folder)
 
     def _quality(self, model: ElasticModel, heldout: Sequence[Record]) -> dict[str, Quality]:
-        length = self.recipe.data.max_length
+        length = max(stage.sequence_length for stage in self.recipe.train.stages)
         return evaluate(model, heldout, max_length=length, max_new_tokens=min(length, 128))
 
     def _stock_logits(

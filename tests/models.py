@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel
 from star_elastic.submodel import ElasticSpace
 
@@ -63,7 +64,7 @@ _NO_HEAD_DIM = {key: value for key, value in _DECODER.items() if key != "head_di
 CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron_h": _HYBRID | dict(hybrid_override_pattern="MEM*-E"),
     "nemotron_h-latent": _HYBRID
-    | dict(hybrid_override_pattern="ME*-", moe_latent_size=16, mlp_bias=True, use_bias=True),
+    | dict(hybrid_override_pattern="MEM*-", moe_latent_size=16, mlp_bias=True, use_bias=True),
     "llama": _DECODER | dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "llama-tied": _DECODER | dict(model_type="llama", tie_word_embeddings=True),
     "qwen2": _NO_HEAD_DIM | dict(model_type="qwen2", tie_word_embeddings=False),
@@ -92,13 +93,23 @@ _HYBRID_SMALL = dict(
     mamba_num_heads=4,
     mamba_head_dim=3,
 )
-_DECODER_SMALL = dict(hidden_size=24, intermediate_size=16, num_attention_heads=4)
+_DECODER_SMALL = dict(
+    hidden_size=24, intermediate_size=16, num_attention_heads=4, num_hidden_layers=1
+)
 _QWEN2_SMALL = _DECODER_SMALL | dict(num_attention_heads=2)
-_MOE_SMALL = _QWEN2_SMALL | dict(moe_intermediate_size=8, num_experts=4, num_experts_per_tok=1)
+_MOE_SMALL = _QWEN2_SMALL | dict(
+    moe_intermediate_size=8, num_experts=4, num_experts_per_tok=1, num_hidden_layers=2
+)
 
+ORDER = {  # layers, best first; the last ones go
+    "nemotron_h": [3, 1, 2, 5, 4, 0],
+    "nemotron_h-latent": [3, 1, 4, 2, 0],
+    "qwen3_moe": [2, 1, 0],
+} | dict.fromkeys(["llama", "llama-tied", "qwen2", "qwen3"], [1, 0])
 SMALL: dict[str, dict[str, int]] = {  # every axis is cut
-    "nemotron_h": _HYBRID_SMALL | dict(num_experts_per_tok=1),
-    "nemotron_h-latent": _HYBRID_SMALL | dict(num_experts_per_tok=1, moe_latent_size=8),
+    "nemotron_h": _HYBRID_SMALL | dict(num_experts_per_tok=1, num_hidden_layers=5),
+    "nemotron_h-latent": _HYBRID_SMALL
+    | dict(num_experts_per_tok=1, moe_latent_size=8, num_hidden_layers=4),
     "llama": _DECODER_SMALL,
     "llama-tied": _DECODER_SMALL,
     "qwen2": _QWEN2_SMALL,
@@ -157,14 +168,33 @@ def unclamped(model: PreTrainedModel) -> PreTrainedModel:
 def elastic(family: str, seed: int = 0, **changes: Any) -> ElasticModel:
     """A parent with three sizes: full, small (every axis cut) and prefix (plain prefixes only)."""
     sizes = {"full": {}, "small": SMALL[family], "prefix": PREFIX[family]}
-    model = ElasticModel(tiny(family, seed, **changes))
+    model = ElasticModel(tiny(family, seed, **changes), layer_order=ORDER[family])
     model.space = ElasticSpace.of(model.layout, sizes, trained=True)
     return model
 
 
-def child_config(family: str, fields: Mapping[str, int]) -> Any:
+def kept_layers(family: str, fields: Mapping[str, Any]) -> list[int]:
+    """The parent's layers that a smaller model keeps."""
+    return sorted(ORDER[family][: fields.get("num_hidden_layers")])
+
+
+def child_config(family: str, fields: Mapping[str, Any]) -> Any:
     """The stock config of a smaller model, made from nothing of ours; heads keep their width."""
-    return tiny_config(family, **{**fields, "head_dim": 8})
+    changes: dict[str, Any] = {**fields, "head_dim": 8}
+    if "num_hidden_layers" in changes:
+        kept = kept_layers(family, fields)
+        if pattern := CONFIGS[family].get("hybrid_override_pattern"):
+            del changes["num_hidden_layers"]
+            changes["hybrid_override_pattern"] = "".join(pattern[layer] for layer in kept)
+        if "mlp_only_layers" in CONFIGS[family]:
+            dense = CONFIGS[family]["mlp_only_layers"]
+            changes["mlp_only_layers"] = [n for n, layer in enumerate(kept) if layer in dense]
+    return tiny_config(family, **changes)
+
+
+def layout_of(family: str, **changes: Any) -> Layout:
+    """The layout of a tiny parent whose layers are ranked."""
+    return Layout(tiny_config(family, **changes), ORDER[family])
 
 
 def standalone(family: str, fields: Mapping[str, int], state: Mapping[str, Tensor]) -> Any:

@@ -3,11 +3,12 @@
 Knows the meaning of each tensor of the two block designs and shares nothing with `layout`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from models import child_config, tiny_config
+from models import child_config, kept_layers, tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -17,10 +18,15 @@ def cut(family: str, state: Mapping[str, Tensor], fields: Mapping[str, int]) -> 
     parent, child = tiny_config(family), child_config(family, fields)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(child).state_dict()
+    kept = kept_layers(family, fields)
     return {
-        name: _cut(name, state[name], tuple(meta.shape), parent, child)
+        name: _cut(name, state[_in_parent(name, kept)], tuple(meta.shape), parent, child)
         for name, meta in shapes.items()
     }
+
+
+def _in_parent(name: str, kept: list[int]) -> str:
+    return re.sub(r"layers\.(\d+)\.", lambda found: f"layers.{kept[int(found[1])]}.", name)
 
 
 def _cut(name: str, tensor: Tensor, shape: tuple[int, ...], parent: Any, child: Any) -> Tensor:

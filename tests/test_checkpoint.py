@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import INDEX, WEIGHTS, edit_tensors, stock_load
-from models import CONFIGS, FAMILIES, PREFIX, SMALL, elastic, logits, tiny, token_ids
+from models import CONFIGS, FAMILIES, PREFIX, SMALL, elastic, kept_layers, logits, tiny, token_ids
 from reference import cut
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -99,9 +99,10 @@ def test_two_dtypes_keep_their_own(tmp_path: Path) -> None:
 def test_config_has_both_layer_patterns(written: Path, tmp_path: Path) -> None:
     slice_checkpoint(Checkpoint.open(written), tmp_path / "out", "small")
     kinds = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
-    for folder in (written, tmp_path / "out"):
+    whole = CONFIGS["nemotron_h"]["hybrid_override_pattern"]
+    cut_out = "".join(whole[layer] for layer in kept_layers("nemotron_h", SMALL["nemotron_h"]))
+    for folder, pattern in ((written, whole), (tmp_path / "out", cut_out)):
         config = json.loads((folder / "config.json").read_text())
-        pattern = CONFIGS["nemotron_h"]["hybrid_override_pattern"]
         assert config["hybrid_override_pattern"] == pattern
         assert config["layers_block_type"] == [kinds[letter] for letter in pattern]
 

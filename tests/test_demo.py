@@ -22,7 +22,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the line."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     words = ["--out", folder, "--train-records", 6000, "--heldout-records", 90]
-    words += ["--set", f"train.steps={STEPS}", "--set", "train.warmup_steps=10"]
+    words += ["--set", f"train.stages.0.steps={STEPS}", "--set", "train.stages.0.warmup_steps=10"]
     command = [sys.executable, "-m", "demo.run", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

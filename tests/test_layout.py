@@ -8,12 +8,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIGS, FAMILIES, SMALL, child_config, tiny, tiny_config, token_ids
+from models import (
+    CONFIGS,
+    FAMILIES,
+    ORDER,
+    SMALL,
+    child_config,
+    layout_of,
+    tiny,
+    tiny_config,
+    token_ids,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
 
-from star_elastic.layout import Layout
+from star_elastic.layout import DEPTH, Layout
 from star_elastic.shapes import take
 
 NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
@@ -101,21 +111,21 @@ def test_memory_of_the_published_parent() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_are_the_stock_ones(family: str) -> None:
-    layout = Layout(tiny_config(family))
+    layout = layout_of(family)
     stock = {name: tuple(tensor.shape) for name, tensor in in_memory(tiny(family)).items()}
     assert {name: w.shape(layout.sizes) for name, w in layout.weights.items()} == stock
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_are_told_from_parameters(family: str) -> None:
-    layout, parameters = Layout(tiny_config(family)), dict(tiny(family).named_parameters())
+    layout, parameters = layout_of(family), dict(tiny(family).named_parameters())
     assert {n for n, w in layout.weights.items() if not w.is_buffer} == parameters.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("small", [False, True])
 def test_counts_are_those_of_the_stock_modules(family: str, small: bool) -> None:
-    layout, fields = Layout(tiny_config(family)), SMALL[family] if small else {}
+    layout, fields = layout_of(family), SMALL[family] if small else {}
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(child_config(family, fields))
     sizes = layout.sizes_of(fields)
@@ -127,16 +137,20 @@ def test_counts_are_those_of_the_stock_modules(family: str, small: bool) -> None
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_count_is_the_number_of_elements_kept(family: str, data: st.DataObject) -> None:
-    layout = Layout(tiny_config(family))
+    layout = layout_of(family)
     sizes = layout.sizes_of(data.draw(smaller_fields(family)))
     kept = {
-        name: take(torch.empty(w.shape(layout.sizes), device="meta"), w.dims, layout.sizes, sizes)
-        for name, w in layout.weights.items()
+        weight: take(
+            torch.empty(weight.shape(layout.sizes), device="meta"),
+            weight.dims,
+            layout.sizes,
+            sizes,
+        )
+        for _, weight in layout.kept(sizes, layout.weights)
     }
-    for name, weight in layout.weights.items():
-        assert tuple(kept[name].shape) == weight.shape(sizes)
-    parameters = [name for name, weight in layout.weights.items() if not weight.is_buffer]
-    assert layout.count(sizes) == sum(kept[name].numel() for name in parameters)
+    for weight, tensor in kept.items():
+        assert tuple(tensor.shape) == weight.shape(sizes)
+    assert layout.count(sizes) == sum(t.numel() for w, t in kept.items() if not w.is_buffer)
 
 
 @st.composite
@@ -145,7 +159,8 @@ def smaller_fields(draw: st.DrawFn, family: str) -> dict[str, int]:
     fields = {}
     for field in SMALL[family]:
         step = {"num_attention_heads": 2, "mamba_num_heads": 2}.get(field, 1)
-        most = CONFIGS[family][field] // step
+        parent = len(ORDER[family]) if field == DEPTH else CONFIGS[family][field]
+        most = parent // step
         fields[field] = step * draw(st.integers(1, most), label=field)
     return fields
 
@@ -154,13 +169,13 @@ def smaller_fields(draw: st.DrawFn, family: str) -> dict[str, int]:
 def test_stored_names_are_those_that_save_pretrained_writes(family: str, tmp_path: Path) -> None:
     tiny(family).save_pretrained(tmp_path)
     written = {n: tuple(t.shape) for n, t in load_file(tmp_path / "model.safetensors").items()}
-    layout = Layout(tiny_config(family))
+    layout = layout_of(family)
     assert {name: w.shape(layout.sizes) for name, w in layout.stored.items()} == written
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stored_tensors_cover_every_element_once(family: str) -> None:
-    layout = Layout(tiny_config(family))
+    layout = layout_of(family)
     places = {
         name: torch.arange(math.prod(w.shape(layout.sizes))).view(w.shape(layout.sizes))
         for name, w in layout.weights.items()
@@ -186,7 +201,9 @@ def test_stored_tensors_hold_what_save_pretrained_writes(family: str, tmp_path: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_axes(family: str) -> None:
-    assert set(Layout(tiny_config(family)).axes) == AXES.get(family, _DENSE_AXES)
+    expected = AXES.get(family, _DENSE_AXES)
+    assert set(layout_of(family).axes) == expected | {DEPTH}
+    assert set(Layout(tiny_config(family)).axes) == expected  # depth wants its layers ranked
 
 
 @pytest.mark.parametrize(
@@ -237,14 +254,15 @@ def held_bytes(cache: Any) -> dict[str, int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_count_is_differentiable(family: str) -> None:
-    layout = Layout(tiny_config(family))
+    layout = layout_of(family)
     sizes = {
         symbol: torch.tensor(float(value), dtype=torch.float64, requires_grad=True)
         for symbol, value in layout.sizes.items()
         if isinstance(value, int)
     }
+    everywhere = {"layer": layout.sizes["layer"]}
     for count in (layout.count, layout.count_active):
-        total = count(sizes)
+        total = count(sizes | everywhere)
         assert total.item() == count()
         gradients = torch.autograd.grad(total, [*sizes.values()], allow_unused=True)
         for symbol, gradient in zip(sizes, gradients, strict=True):

@@ -6,10 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, PREFIX, SMALL, elastic, logits, standalone, tiny, token_ids
+from models import (
+    CONFIGS,
+    FAMILIES,
+    ORDER,
+    PREFIX,
+    SMALL,
+    elastic,
+    logits,
+    standalone,
+    tiny,
+    token_ids,
+)
 from reference import cut
 from transformers import PreTrainedModel
 
+from star_elastic import stock
+from star_elastic.layout import DEPTH
 from star_elastic.model import ElasticModel
 
 BREAKS_GROUPS = [family for family in FAMILIES if family != "qwen3_moe"]
@@ -69,7 +82,7 @@ def test_prefixes_are_not_copied(family: str) -> None:
     model = elastic(family)
     owned = {t.untyped_storage().data_ptr() for t in model.parent.state_dict().values()}
     pointers = {t.untyped_storage().data_ptr() for t in model["prefix"].state_dict().values()}
-    assert pointers == owned
+    assert pointers < owned  # some layers are dropped
     assert model.copied_bytes(model["prefix"]) == 0
 
 
@@ -195,8 +208,66 @@ def test_narrowed_tensors_are_differentiable(family: str) -> None:
     model = elastic(family)
     model.parent.requires_grad_(True)
     narrowed = model.narrowed(SMALL[family])
-    learned = {name for name, w in model.layout.weights.items() if not w.is_buffer}
+    kept = model.layout.kept(model.layout.sizes_of(SMALL[family]), model.layout.weights)
+    learned = {name for name, weight in kept if not weight.is_buffer}
     assert {name for name, tensor in narrowed.items() if tensor.requires_grad} == learned
+
+
+UNEVEN = {  # every axis that layers can differ in, one value per parent's layer
+    family: {
+        field: [CONFIGS[family][field], value] * 3
+        for field, value in fields.items()
+        if field not in ("hidden_size", DEPTH)
+    }
+    for family, fields in SMALL.items()
+}
+
+
+def uneven(family: str, **fields: int) -> dict[str, Any]:
+    layers = len(ORDER[family])
+    return {field: values[:layers] for field, values in UNEVEN[family].items()} | fields
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_may_differ(family: str) -> None:
+    """Odd layers are small, even ones full: each layer is that of the model all of whose are."""
+    model, ids = elastic(family), token_ids()
+    found = model.submodel(**uneven(family, hidden_size=24))
+    even = model.submodel(hidden_size=24)
+    small = model.submodel(**(SMALL[family] | {DEPTH: len(ORDER[family])}))
+    for layer, module in enumerate(stock.layers_of(found)):
+        expected = stock.layers_of(small if layer % 2 else even)[layer].state_dict()
+        assert module.state_dict().keys() == expected.keys()
+        assert all(torch.equal(t, expected[name]) for name, t in module.state_dict().items())
+    sizes = model.layout.sizes_of(uneven(family, hidden_size=24))
+    assert model.layout.count(sizes) == sum(p.numel() for p in found.parameters())
+    assert torch.isfinite(logits(found, ids)).all()
+    assert not torch.equal(logits(found, ids), logits(even, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_differ_generate_with_a_cache(family: str) -> None:
+    model, ids = elastic(family).submodel(**uneven(family)), token_ids(rows=2, length=9)
+    generate: Any = model.generate
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    cached = generate(input_ids=ids, use_cache=True, **settings)
+    assert torch.equal(cached, generate(input_ids=ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("field", ["hidden_size", DEPTH])
+def test_widths_of_the_whole_model_take_one_value(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} = .* takes one value"):
+        elastic("llama").submodel(**{field: [24, 16]})
+
+
+def test_values_per_layer_are_as_many_as_layers() -> None:
+    with pytest.raises(ValueError, match="it takes 2 values, one per layer"):
+        elastic("llama").submodel(intermediate_size=[8])
+
+
+def test_depth_wants_a_layer_order() -> None:
+    with pytest.raises(ValueError, match="num_hidden_layers: this model has no layer_order"):
+        ElasticModel(tiny("llama")).submodel(num_hidden_layers=1)
 
 
 def test_the_same_size_is_built_once() -> None:

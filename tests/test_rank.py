@@ -192,6 +192,29 @@ def test_shared_expert_scores(family: str) -> None:
         close(found, units.double().abs().sum(0))
 
 
+def test_latent_scores() -> None:
+    model, ids = tiny("nemotron_h-latent"), token_ids()
+    scores = scored(model, ids)
+    seen = captured(model, ids, lambda name, module: name.endswith("fc1_latent_proj"))
+    assert {layer for layer, symbol in scores if symbol == "moe_latent_size"} == {
+        layer_of(name) for name in seen
+    }
+    for name, (_, output) in seen.items():
+        close(
+            scores[layer_of(name), "moe_latent_size"], output.flatten(0, -2).double().abs().sum(0)
+        )
+
+
+def test_sums_of_a_bfloat16_model_are_not_rounded_to_its_dtype() -> None:
+    model, ids = tiny("nemotron_h").bfloat16(), token_ids(rows=8)
+    scores = scored(model, ids)
+    for layer, units in inputs_of(model, ids, "mixer.down_proj").items():
+        close(scores[layer, "intermediate_size"], units.double().abs().sum(0), 1e-6)
+    for layer, units in inputs_of(model, ids, "o_proj").items():
+        heads = units.double().view(len(units), 2, -1, 8)
+        close(scores[layer, "queries"], heads.norm(dim=3).norm(dim=0), 1e-6)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_head_scores(family: str) -> None:
     model, ids = tiny(family), token_ids()

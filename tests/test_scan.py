@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_conv import documents_of, packings
 from torch import Tensor
 from transformers.models.nemotron_h import modeling_nemotron_h
 
@@ -186,3 +187,88 @@ def test_half_precision_inputs_are_scanned_in_fp32() -> None:
     expected = modeling_nemotron_h.mamba2_chunk_scan(**half, **options)
     assert isinstance(y, Tensor) and y.dtype == torch.float32
     torch.testing.assert_close(y, expected.float(), atol=0.1, rtol=0.05)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_packed_documents_are_scanned_as_if_alone(problem: Problem, data: st.DataObject) -> None:
+    """Outputs, last states and every gradient; the first document goes on from initial states."""
+    batch, length = problem.tensors["dt"].shape[:2]
+    rows = [data.draw(packings(length)) for _ in range(batch)]
+    seq_idx = torch.stack([documents_of([b - a for a, b in row], first=3) for row in rows])
+    packed, alone = problem.arguments(), problem.arguments()
+    y, last = chunk_scan(**packed, **problem.options, seq_idx=seq_idx)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+    ((y * noise).sum() + last.sum()).backward()
+    total = torch.zeros(())
+    for number, row in enumerate(rows):
+        for start, end in row:
+            one, state = chunk_scan(**part(alone, number, start, end), **problem.options)
+            torch.testing.assert_close(y[number, start:end], one[0], atol=2e-4, rtol=2e-4)
+            total = total + (one[0] * noise[number, start:end]).sum()
+            if end == length:
+                torch.testing.assert_close(last[number], state[0], atol=2e-4, rtol=2e-4)
+                total = total + state.sum()
+    total.backward()
+    for name, tensor in alone.items():
+        expected = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        scale = 1 + expected.abs().max()
+        torch.testing.assert_close(
+            packed[name].grad / scale, expected / scale, atol=2e-4, rtol=2e-3, msg=name
+        )
+
+
+def part(arguments: dict[str, Tensor], row: int, start: int, end: int) -> dict[str, Tensor]:
+    """Arguments of a scan of one document; only a row's first one has initial states."""
+    sequences = ("hidden_states", "dt", "B", "C")
+    chosen = {
+        name: tensor[row : row + 1, start:end] if name in sequences else tensor
+        for name, tensor in arguments.items()
+    }
+    states = chosen.pop("initial_states", None)
+    return chosen if states is None or start else {**chosen, "initial_states": states[row][None]}
+
+
+def test_nothing_of_an_earlier_document_is_left() -> None:
+    """States near the largest float, whether they fade or not, do not pass a boundary."""
+    tensors = {
+        "hidden_states": torch.full((1, 40, 2, 3), 1e17),
+        "dt": torch.full((1, 40, 2), 20.0),
+        "A": torch.tensor([-20.0, -1e-12]),
+        "B": torch.full((1, 40, 1, 4), 1e17),
+        "C": torch.ones(1, 40, 1, 4),
+    }
+    for tensor in (tensors["hidden_states"], tensors["dt"], tensors["B"]):
+        tensor[:, 21:] = 0.5
+    seq_idx = documents_of([21, 19])[None]
+    problem = Problem(tensors, {"chunk_size": 16})
+    arguments = problem.arguments()
+    y = chunk_scan(**arguments, **problem.options, seq_idx=seq_idx)
+    assert isinstance(y, Tensor)
+    alone = chunk_scan(**part(tensors, 0, 21, 40), **problem.options)
+    torch.testing.assert_close(y[:, 21:], alone, atol=1e-3, rtol=1e-3)
+    y[:, 21:].sum().backward()
+    for name in ("hidden_states", "B", "C"):
+        assert not arguments[name].grad[:, :21].any(), name
+    for name, tensor in arguments.items():
+        assert tensor.grad is None or torch.isfinite(tensor.grad).all(), name
+
+
+def test_documents_are_told_by_change_of_number_only() -> None:
+    problem = Problem(
+        {
+            "hidden_states": torch.randn(1, 9, 2, 3),
+            "dt": torch.randn(1, 9, 2),
+            "A": -torch.rand(2),
+            "B": torch.randn(1, 9, 1, 4),
+            "C": torch.randn(1, 9, 1, 4),
+        },
+        {"chunk_size": 4, "dt_softplus": True},
+    )
+    ids = ([0, 0, 0, 1, 1, 0, 0, 0, 0], [5, 5, 5, 2, 2, 9, 9, 9, 9])
+    first, second = (
+        chunk_scan(**problem.tensors, **problem.options, seq_idx=torch.tensor([row])) for row in ids
+    )
+    assert torch.equal(first, second)
+    single = chunk_scan(**problem.tensors, **problem.options, seq_idx=torch.zeros(1, 9))
+    assert torch.equal(single, chunk_scan(**problem.tensors, **problem.options))

@@ -6,13 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, FAMILIES, SMALL, logits, perturb, tiny, tiny_config, token_ids
+from models import (
+    CONFIGS,
+    FAMILIES,
+    ORDER,
+    SMALL,
+    kept_layers,
+    layout_of,
+    logits,
+    perturb,
+    tiny,
+    tiny_config,
+    token_ids,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from star_elastic import stock
 from star_elastic.checkpoint import Checkpoint, slice_checkpoint
+from star_elastic.layout import DEPTH, Layout
 from star_elastic.model import ElasticModel
 from star_elastic.submodel import ElasticSpace
 
@@ -110,7 +123,8 @@ def test_config_json_reads_back_as_the_config(family: str, tmp_path: Path) -> No
 def test_config_json_has_the_published_field_names(family: str) -> None:
     values = stock.config_json(tiny_config(family))
     for field in SMALL[family]:
-        assert values[field] == CONFIGS[family][field]
+        parent = len(ORDER[family]) if field == DEPTH else CONFIGS[family][field]
+        assert values[field] == parent
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "eager", "grouped_mm"])
@@ -119,7 +133,7 @@ def test_batched_mm_is_never_left_selected(implementation: str) -> None:
     model.set_experts_implementation(implementation)
     kept = "eager" if implementation == "batched_mm" else implementation
     assert stock.mend(model).config._experts_implementation == kept
-    small = ElasticModel(model).submodel(**SMALL["qwen3_moe"])
+    small = ElasticModel(model, layer_order=ORDER["qwen3_moe"]).submodel(**SMALL["qwen3_moe"])
     assert small.config._experts_implementation == kept
 
 
@@ -139,21 +153,35 @@ def test_build_on_meta_allocates_nothing() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_child_config_differs_in_its_fields_only(family: str) -> None:
-    config = tiny_config(family)
-    child = stock.child_config(config, SMALL[family])
+    layout, config = layout_of(family), tiny_config(family)
+    fields = {field: value for field, value in SMALL[family].items() if field != DEPTH}
+    child = stock.child_config(layout, fields)
     before, after = config.to_dict(), child.to_dict()
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     alias = {"num_experts": "num_local_experts"} if family == "qwen3_moe" else {}
-    assert changed - {"head_dim"} == {alias.get(field, field) for field in SMALL[family]}
+    assert changed - {"head_dim"} == {alias.get(field, field) for field in fields}
     assert child.head_dim == 8
-    for field, value in SMALL[family].items():
+    for field, value in fields.items():
         assert getattr(child, field) == value
         assert getattr(config, field) == CONFIGS[family][field]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shallower_child_keeps_the_best_layers(family: str) -> None:
+    layout, kept = layout_of(family), kept_layers(family, SMALL[family])
+    child = stock.child_config(layout, {DEPTH: len(kept)})
+    assert child.num_hidden_layers == len(kept) < len(layout.blocks)
+    assert Layout(child).blocks == [layout.blocks[layer] for layer in kept]
+
+
+def test_values_per_layer_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="LlamaConfig cannot express intermediate_size per layer"):
+        stock.child_config(layout_of("llama"), {"intermediate_size": [16, 8]})
+
+
 def test_a_config_that_cannot_be_is_named() -> None:
     with pytest.raises(ValueError, match="LlamaConfig cannot express.*hidden_size"):
-        stock.child_config(tiny_config("llama"), {"hidden_size": "wide"})  # type: ignore[dict-item]
+        stock.child_config(layout_of("llama"), {"hidden_size": "wide"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("family", MIXERS)

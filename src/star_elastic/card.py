@@ -4,6 +4,17 @@ from star_elastic.layout import Layout
 from star_elastic.submodel import ElasticSpace, Submodel
 
 UNTRAINED = "reordered, never trained: not elastic, expect little of it"
+BETWEEN = "between trained sizes, itself never trained: measure it before you rely on it"
+
+
+def warning(size: Submodel, space: ElasticSpace | None) -> str:
+    """What to say of a size that was not trained; nothing of one that was.
+
+    In a checkpoint that a training made, such a size lies between those that were trained.
+    """
+    if size.trained:
+        return ""
+    return UNTRAINED if space is None or space.training is None else BETWEEN
 
 
 def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
@@ -20,6 +31,7 @@ def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
         "weights. Stock transformers loads the parent; `star-elastic` loads or slices any size.",
         "",
         *size_table(space.submodels),
+        *(f"\n{size.name}: {text}." for size in space.submodels if (text := warning(size, space))),
         "",
         "    star-elastic slice . --size NAME --out DIR",
         "",
@@ -27,10 +39,10 @@ def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
     return "\n".join(lines)
 
 
-def of_slice(source: str, size: Submodel) -> str:
-    """The card of a stock folder that was cut out of an elastic checkpoint."""
+def of_slice(source: str, size: Submodel, space: ElasticSpace | None = None) -> str:
+    """The card of a stock folder that was cut out of an elastic checkpoint of this space."""
     fields = ", ".join(f"{field} = {value}" for field, value in size.config.items())
-    state = "trained jointly with the other sizes" if size.trained else UNTRAINED
+    state = "trained jointly with the other sizes" if size.trained else warning(size, space)
     lines = [
         "---",
         "library_name: transformers",

@@ -6,7 +6,7 @@ checkpoint out of a parent in memory; `slice_checkpoint` cuts a stock folder of 
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,16 @@ from star_elastic.folder import (
     write_json,
     write_tensors,
 )
-from star_elastic.layout import Layout
-from star_elastic.shapes import Sizes, take
-from star_elastic.submodel import ElasticSpace, Submodel, check_fields, submodel
+from star_elastic.layout import Layout, Weight
+from star_elastic.shapes import Sizes, at, take
+from star_elastic.submodel import (
+    FORMAT_VERSION,
+    ElasticSpace,
+    Fields,
+    Submodel,
+    check_fields,
+    submodel,
+)
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _KEPT = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt")
@@ -69,10 +76,10 @@ class Checkpoint:
         raw = read_json(config_path)
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            layout = Layout(config)
+            Layout(config)  # a family we know, sizes that divide
         except Exception as error:
             raise CheckpointError(f"{config_path}: {one_line(error)}") from None
-        space = _space(config_path, raw.get("elastic_config"), layout)
+        layout, space = _declared(config_path, raw.get("elastic_config"), config)
         stored = stored_tensors(folder)
         _check_tensors(folder, config, layout, stored)
         if check_digests:
@@ -94,13 +101,39 @@ class Checkpoint:
     def tensors(self, child: Sizes | None = None) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a submodel, one at a time, read from the parent's files."""
         child = child or self.layout.sizes
-        opened, handle = "", None
-        for weight in self.layout.kept(child):
-            file = self.stored[weight.name].file
-            if handle is None or file != opened:
-                opened, handle = file, safe_open(self.path / file, framework="pt")
-            whole = handle.get_tensor(weight.name)
-            yield weight.name, take(whole, weight.dims, self.layout.sizes, child)
+        kept = list(self.layout.kept(child))
+        wholes = self.read(weight.name for _, weight in kept)
+        for (name, weight), whole in zip(kept, wholes, strict=True):
+            yield name, take(whole, weight.dims, self.layout.sizes, at(child, weight.layer))
+
+    def read(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """Whole tensors by their names on disk, one at a time and in this order."""
+        opened: dict[str, Any] = {}
+        for name in names:
+            file = self.stored[name].file
+            if file not in opened:
+                opened[file] = safe_open(self.path / file, framework="pt")
+            yield opened[file].get_tensor(name)
+
+    def in_memory(self, weights: Iterable[Weight]) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors under their in-memory names, one at a time; fused ones are put together."""
+        pieces: dict[str, list[Weight]] = {}
+        for piece in self.layout.stored.values():
+            pieces.setdefault(piece.place[0], []).append(piece)
+        for weight in weights:
+            shape = weight.shape(self.layout.sizes)
+            whole = torch.empty(shape, dtype=self.dtype_of(weight))
+            stored = pieces[weight.name]
+            for piece, tensor in zip(stored, self.read(p.name for p in stored), strict=True):
+                self.layout.view({weight.name: whole}, piece).copy_(tensor)
+            yield weight.name, whole
+
+    def dtype_of(self, weight: Weight) -> torch.dtype:
+        """The dtype in which an in-memory tensor is stored."""
+        for piece in self.layout.stored.values():
+            if piece.place[0] == weight.name:
+                return getattr(torch, _DTYPES[self.stored[piece.name].dtype])
+        raise KeyError(weight.name)
 
     def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
         """KV cache bytes of one token, in the dtype of the weights."""
@@ -119,7 +152,7 @@ class Checkpoint:
         child = child or self.layout.sizes
         return sum(
             math.prod(weight.shape(child)) * _itemsize(self.stored[weight.name])
-            for weight in self.layout.kept(child)
+            for _, weight in self.layout.kept(child)
         )
 
 
@@ -132,6 +165,7 @@ def write(
     tokenizer: Any = None,
     overwrite: bool = False,
     max_shard_size: int = 5 * 10**9,
+    beside: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
     """Write a parent in memory as a checkpoint, atomically.
 
@@ -140,16 +174,40 @@ def write(
         space: its sizes; None writes a plain model folder.
         source: the folder whose tokenizer, generation config and licence go along.
         tokenizer: goes along, with a default generation config, where there is no such folder.
+        beside: files that go beside the weights (a router), by name, each with its writer.
 
     Raises:
         FileExistsError: the target exists and `overwrite` is false.
     """
+    tensors = ((name, layout.view(state, weight)) for name, weight in layout.stored.items())
+    dtype = next(iter(state.values())).dtype
+    shard = max_shard_size
+    write_stored(
+        target, tensors, layout, space, dtype, source, tokenizer, overwrite, shard, beside
+    )
+
+
+def write_stored(
+    target: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    layout: Layout,
+    space: ElasticSpace | None,
+    dtype: torch.dtype,
+    source: Path | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    beside: Mapping[str, Callable[[Path], None]] | None = None,
+) -> None:
+    """`write` for a parent that comes tensor by tensor, under its names on disk; see there."""
     with atomic_folder(Path(target), overwrite) as folder:
-        tensors = ((name, layout.view(state, weight)) for name, weight in layout.stored.items())
         digests = write_tensors(folder, tensors, max_shard_size)
+        for name, put in (beside or {}).items():
+            put(folder / name)
+            digests[name] = digest(folder / name)
         values = stock.config_json(layout.config)
         values.pop("elastic_config", None)
-        values["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        values["dtype"] = str(dtype).removeprefix("torch.")
         if space is not None:
             space = space.model_copy(update={"digests": digests})
             values["elastic_config"] = space.model_dump()
@@ -182,7 +240,7 @@ def slice_checkpoint(
     checkpoint: Checkpoint,
     target: str | Path,
     size: str | None = None,
-    fields: Mapping[str, int] | None = None,
+    fields: Fields | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5 * 10**9,
 ) -> Submodel:
@@ -204,7 +262,7 @@ def slice_checkpoint(
     else:
         check_fields(checkpoint.layout, fields or {})
         cut = submodel(checkpoint.layout, "custom", fields or {}, trained=False)
-    config = stock.child_config(checkpoint.config, cut.config)
+    config = stock.child_config(checkpoint.layout, cut.config)
     with atomic_folder(Path(target), overwrite) as folder:
         child = checkpoint.layout.sizes_of(cut.config)
         write_tensors(folder, checkpoint.tensors(child), max_shard_size)
@@ -226,13 +284,15 @@ def _local(path: str | Path) -> Path:
         ) from None
 
 
-def _space(path: Path, declared: Any, layout: Layout) -> ElasticSpace:
+def _declared(path: Path, declared: Any, config: Any) -> tuple[Layout, ElasticSpace]:
     if declared is None:
-        return ElasticSpace.of(layout, {"full": {}}, trained=True)
+        layout = Layout(config)
+        return layout, ElasticSpace.of(layout, {"full": {}}, trained=True)
     try:
-        if isinstance(declared, dict) and declared.get("format_version") != 1:
+        if isinstance(declared, dict) and declared.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format_version: unknown version {declared.get('format_version')!r}")
         space = ElasticSpace.model_validate(declared)
+        layout = Layout(config, space.layer_order)
         space.check(layout)
     except ValidationError as error:
         first = error.errors()[0]
@@ -240,7 +300,7 @@ def _space(path: Path, declared: Any, layout: Layout) -> ElasticSpace:
         raise CheckpointError(f"{path}: elastic_config.{field}: {first['msg']}") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: elastic_config: {error}") from None
-    return space
+    return layout, space
 
 
 def _check_tensors(folder: Path, config: Any, layout: Layout, stored: Mapping[str, Stored]) -> None:

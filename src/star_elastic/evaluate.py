@@ -48,7 +48,7 @@ def evaluate_size(
 ) -> Quality:
     """The quality of one stock model, by task; see `evaluate`."""
     quality: Quality = {
-        task: {"nll": loss} for task, loss in _losses(model, tokenizer, records, max_length).items()
+        task: {"nll": loss} for task, loss in losses(model, tokenizer, records, max_length).items()
     }
     asked = [record for record in records if record.prompt]
     if generate and asked:
@@ -123,7 +123,7 @@ def _batched(
         yield [records[n] for n in batch]
 
 
-def _losses(
+def losses(
     model: PreTrainedModel, tokenizer: Any, records: Sequence[Record], max_length: int
 ) -> dict[str, float]:
     """Mean loss per completion token and task, in nats."""
@@ -137,8 +137,8 @@ def _losses(
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
         chosen = logits.float().log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
         targets = batch.targets[:, 1:].to(model.device)
-        losses, counts = (-chosen * targets).sum(1).tolist(), targets.sum(1).tolist()
-        for record, loss, count in zip(rows, losses, counts, strict=True):
+        sums, counts = (-chosen * targets).sum(1).tolist(), targets.sum(1).tolist()
+        for record, loss, count in zip(rows, sums, counts, strict=True):
             totals[record.task] += loss
             tokens[record.task] += count
     return {task: totals[task] / max(1, tokens[task]) for task in sorted(totals)}

@@ -1,11 +1,12 @@
 """Named shapes: every weight of a model, from its family's table and its config.
 
 From here, and from nowhere else, come tensor names, shapes, parameter counts and memory; the index
-of a submodel inside its parent is `shapes.runs`.
+of a submodel inside its parent is `shapes.runs`. A brace in a weight's name is an axis too: sizes
+carry `layer`, one 0 or 1 per layer of the parent (a probability, where a router is learning).
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from star_elastic.families import FAMILIES, Family
-from star_elastic.shapes import Dim, Shape, Sizes, parse, take, width
+from star_elastic.shapes import Dim, Shape, Sizes, at, parse, take, width
+
+DEPTH = "num_hidden_layers"  # the axis of the brace {layer} in a weight's name
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Weight:
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """The sizes of all dimensions, e.g. (10304, 2688)."""
+        sizes = at(sizes, self.layer)
         return tuple(width(dim, sizes) for dim in self.dims)
 
 
@@ -42,13 +46,18 @@ class Layout:
     """The named shapes of one config: `stored` as published on disk, `weights` as held in memory.
 
     The two differ where stock classes fuse experts into one tensor, and in the name's prefix.
+    `layer_order` ranks the layers, best first: a submodel of k layers keeps the first k of it, in
+    the parent's sequence. Without it depth is no axis.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, layer_order: Sequence[int] | None = None):
         self.family = family_of(config)
         self.config = config
-        self.sizes: dict[str, int] = resolve(self.family, config)
         self.blocks = self.family.blocks(config)
+        if layer_order is not None and sorted(layer_order) != list(range(len(self.blocks))):
+            raise ValueError(f"layer_order: not an order of {len(self.blocks)} layers")
+        self.layer_order = None if layer_order is None else list(layer_order)
+        self.sizes: dict[str, Any] = self.sizes_of({})
         self._alias = {
             symbol: next(name for name in text.split(" or ") if self.sizes.get(name))
             for symbol, text in self.family.derived.items()
@@ -64,6 +73,8 @@ class Layout:
             used.add(self.family.top_k)
         if getattr(self.config, "n_group", 1) > 1:  # a prefix of experts would break gate groups
             used.discard(self.family.experts or "")
+        if self.layer_order is not None:
+            used.add(DEPTH)
         return tuple(axis for axis in self.family.axes if symbol_of(self.family, axis) in used)
 
     @cached_property
@@ -86,14 +97,42 @@ class Layout:
                 weights[name] = replace(weight, name=name, dims=dims, expert=None)
         return weights
 
-    def kept(self, child: Sizes) -> Iterator[Weight]:
-        """The published tensors that a submodel keeps: an expert beyond its count is gone."""
-        experts = child.get(self.family.experts or "", 0)
-        return (w for w in self.stored.values() if w.expert is None or w.expert < experts)
+    def kept(
+        self, child: Sizes, weights: Mapping[str, Weight] | None = None
+    ) -> Iterator[tuple[str, Weight]]:
+        """What a submodel keeps of `stored` (or of `weights`): its own name, the parent's tensor.
 
-    def sizes_of(self, fields: Mapping[str, int]) -> dict[str, int]:
-        """The sizes of a submodel: this config with some fields replaced."""
-        return resolve(self.family, self.config, fields)
+        A layer or an expert beyond the child's is gone; layers that stay move up.
+        """
+        position = {layer: n for n, layer in enumerate(self.kept_layers(child))}
+        for weight in (self.stored if weights is None else weights).values():
+            experts = at(child, weight.layer).get(self.family.experts or "", 0)
+            if weight.expert is not None and weight.expert >= experts:
+                continue
+            if weight.layer is None:
+                yield weight.name, weight
+            elif weight.layer in position:
+                here, there = f"layers.{weight.layer}.", f"layers.{position[weight.layer]}."
+                yield weight.name.replace(here, there, 1), weight
+
+    def kept_layers(self, child: Sizes) -> list[int]:
+        """The parent's layers that a submodel keeps, in sequence."""
+        return [layer for layer, there in enumerate(child["layer"]) if there]
+
+    def sizes_of(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The sizes of a submodel: this config with some fields replaced (a list: per layer)."""
+        sizes = resolve(self.family, self.config, fields)
+        order = self.layer_order or range(len(self.blocks))
+        kept = set(order[: sizes[DEPTH]])
+        sizes["layer"] = [int(layer in kept) for layer in range(len(self.blocks))]
+        return sizes
+
+    def child(self, fields: Mapping[str, Any], config: Any) -> "Layout":
+        """The layout of a submodel by itself, its layers still in order of importance."""
+        if self.layer_order is None:
+            return Layout(config)
+        kept = self.kept_layers(self.sizes_of(fields))
+        return Layout(config, [kept.index(n) for n in self.layer_order if n in kept])
 
     def view(self, state: Mapping[str, Tensor], weight: Weight) -> Tensor:
         """The part of an in-memory tensor that is stored on disk as `weight`."""
@@ -107,37 +146,39 @@ class Layout:
 
     def take(self, name: str, tensor: Tensor, child: Sizes) -> Tensor:
         """The child's part of the in-memory tensor `name`."""
-        return take(tensor, self.weights[name].dims, self.sizes, child)
+        weight = self.weights[name]
+        return take(tensor, weight.dims, self.sizes, at(child, weight.layer))
 
     def count(self, sizes: Sizes | None = None) -> Any:
-        """Parameters of a submodel, embeddings included, buffers not."""
+        """Parameters of a submodel, embeddings included, buffers not; differentiable in sizes."""
         sizes = sizes or self.sizes
-        return sum(prod(weight.shape(sizes)) for weight in self._parameters())
+        return sum(_there(w, sizes) * prod(w.shape(sizes)) for w in self._parameters())
 
     def count_active(self, sizes: Sizes | None = None) -> Any:
         """Parameters one token uses: `top_k` of the routed experts and everything else."""
         sizes = sizes or self.sizes
-        return sum(prod(weight.shape(self._routed(weight, sizes))) for weight in self._parameters())
+        return sum(
+            _there(w, sizes) * prod(w.shape(self._routed(w, sizes))) for w in self._parameters()
+        )
 
-    def cache_shapes(self, sizes: Sizes | None = None) -> dict[str, tuple[int, ...]]:
-        """State of one sequence, `layer.kind` -> shape; `token.*` shapes are per token."""
+    def cache_shapes(self, sizes: Sizes | None = None) -> dict[str, tuple[Any, ...]]:
+        """State of one sequence, `layer.kind` -> shape; `token.*` shapes are per token.
+
+        Layers are the parent's; those that a submodel drops are left out.
+        """
         sizes = sizes or self.sizes
         return {
-            f"{layer}.{kind}": tuple(width(dim, sizes) for dim in parse(text))
-            for layer, parts in enumerate(self.blocks)
-            for part in parts
+            f"{layer}.{kind}": tuple(width(dim, at(sizes, layer)) for dim in parse(text))
+            for layer in self.kept_layers(sizes)
+            for part in self.blocks[layer]
             for kind, text in self.family.cache.get(part, {}).items()
         }
 
     def cache_bytes_per_token(
         self, sizes: Sizes | None = None, dtype: torch.dtype = torch.bfloat16
-    ) -> int:
-        """Bytes that one more token of context adds to the KV cache."""
-        return sum(
-            dtype.itemsize * prod(shape)
-            for kind, shape in self.cache_shapes(sizes).items()
-            if ".token." in kind
-        )
+    ) -> Any:
+        """Bytes that one more token of context adds to the KV cache; differentiable in sizes."""
+        return dtype.itemsize * self._cache_elements(".token.", sizes or self.sizes)
 
     def cache_bytes(
         self,
@@ -145,20 +186,18 @@ class Layout:
         batch: int = 1,
         sizes: Sizes | None = None,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         """Bytes of KV, conv and SSM state for `batch` sequences of `context` tokens.
 
         The SSM state has the dtype of the config's `mamba_ssm_cache_dtype` (fp32 by default).
         """
+        sizes = sizes or self.sizes
         ssm = getattr(torch, getattr(self.config, "mamba_ssm_cache_dtype", "float32"))
-        held = {"kv": context * batch * self.cache_bytes_per_token(sizes, dtype)}
-        for state, size in (("conv", dtype.itemsize), ("ssm", ssm.itemsize)):
-            held[state] = sum(
-                batch * size * prod(shape)
-                for kind, shape in self.cache_shapes(sizes).items()
-                if kind.endswith(f".{state}")
-            )
-        return held
+        return {
+            "kv": context * batch * self.cache_bytes_per_token(sizes, dtype),
+            "conv": batch * dtype.itemsize * self._cache_elements(".conv", sizes),
+            "ssm": batch * ssm.itemsize * self._cache_elements(".ssm", sizes),
+        }
 
     def memory(
         self,
@@ -166,10 +205,17 @@ class Layout:
         batch: int = 1,
         sizes: Sizes | None = None,
         dtype: torch.dtype = torch.bfloat16,
-    ) -> int:
+    ) -> Any:
         """Bytes to run a submodel: weights, KV cache, conv and SSM state."""
         state = self.cache_bytes(context, batch, sizes, dtype)
         return dtype.itemsize * self.count(sizes) + sum(state.values())
+
+    def _cache_elements(self, kind: str, sizes: Sizes) -> Any:
+        return sum(
+            sizes["layer"][int(name.partition(".")[0])] * prod(shape)
+            for name, shape in self.cache_shapes(sizes).items()
+            if kind in name
+        )
 
     @property
     def _experts(self) -> str:
@@ -239,13 +285,12 @@ def family_of(config: Any) -> Family:
         ) from None
 
 
-def resolve(family: Family, config: Any, fields: Mapping[str, int] | None = None) -> dict[str, int]:
+def resolve(family: Family, config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     """All symbols of a family under a config, some fields replaced. Fields set to none are absent.
 
     Raises:
         ValueError: a ratio that does not divide (heads that do not fill their groups).
     """
-    fields = fields or {}
     sizes = {symbol: _field(config, symbol) for symbol in _symbols(family)}
     sizes = {symbol: value for symbol, value in sizes.items() if value is not None}
     sizes |= fields
@@ -253,12 +298,20 @@ def resolve(family: Family, config: Any, fields: Mapping[str, int] | None = None
         whole, _, groups = text.partition(" / ")
         if whole not in sizes:  # an alias, or an axis this model does not have
             continue
-        if sizes[whole] % sizes[groups]:
-            raise ValueError(
-                f"{whole} = {sizes[whole]} does not divide into {groups} = {sizes[groups]} groups"
-            )
-        sizes[symbol] = sizes[whole] // sizes[groups]
+        values = sizes[whole] if isinstance(sizes[whole], list) else [sizes[whole]]
+        for value in values:
+            if value % sizes[groups]:
+                raise ValueError(
+                    f"{whole} = {value} does not divide into {groups} = {sizes[groups]} groups"
+                )
+        ratios = [value // sizes[groups] for value in values]
+        sizes[symbol] = ratios if isinstance(sizes[whole], list) else ratios[0]
     return sizes
+
+
+def _there(weight: Weight, sizes: Sizes) -> Any:
+    """1 if a submodel keeps the layer of this weight, else 0; in between while a router learns."""
+    return 1 if weight.layer is None else sizes["layer"][weight.layer]
 
 
 def head_dim(config: Any) -> int:

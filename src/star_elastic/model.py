@@ -1,6 +1,6 @@
 """A parent in memory, and any submodel of it as a stock transformers model on the same weights."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from star_elastic import checkpoint, stock
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import CheckpointError, one_line
 from star_elastic.layout import Layout
-from star_elastic.submodel import ElasticSpace, Submodel, check_fields
+from star_elastic.submodel import ElasticSpace, Fields, Submodel, check_fields
 
 
 class ElasticModel:
@@ -29,9 +29,10 @@ class ElasticModel:
         space: ElasticSpace | None = None,
         tokenizer: Any = None,
         source: Path | None = None,
+        layer_order: Sequence[int] | None = None,
     ):
         self.parent = stock.mend(parent)
-        self.layout = Layout(parent.config)
+        self.layout = Layout(parent.config, layer_order if space is None else space.layer_order)
         self.space = space or ElasticSpace.of(self.layout, {"full": {}}, trained=True)
         self.tokenizer = tokenizer
         self.source = source
@@ -74,15 +75,16 @@ class ElasticModel:
             self._views[name] = self.submodel(**self.sizes[name].config)
         return self._views[name]
 
-    def submodel(self, **fields: int) -> PreTrainedModel:
+    def submodel(self, **fields: int | list[int]) -> PreTrainedModel:
         """A stock model of any size, e.g. `submodel(hidden_size=96)`, on views of the parent.
+
+        A list gives one value per layer of the parent; such a model is made of stock layers.
 
         Raises:
             ValueError: a size this parent cannot hold, or that the stock class cannot express.
         """
         check_fields(self.layout, fields)
-        config = stock.child_config(self.parent.config, fields)
-        model = stock.build(config, device="meta").eval()
+        model = stock.build_child(self.layout, fields).eval()
         with torch.no_grad():
             stock.set_tensors(model, self.narrowed(fields))
         stock.share_constants(model, self.parent)
@@ -92,14 +94,17 @@ class ElasticModel:
             model.generation_config = GenerationConfig.from_dict(values)
         return model
 
-    def narrowed(self, fields: Mapping[str, int]) -> dict[str, Tensor]:
+    def narrowed(self, fields: Fields) -> dict[str, Tensor]:
         """The submodel's tensors by in-memory name: views of the parent where possible.
 
         Differentiable when the parent's parameters require gradients and grad mode is on.
         """
         child = self.layout.sizes_of(fields)
         state = self.state
-        return {name: self.layout.take(name, state[name], child) for name in self.layout.weights}
+        return {
+            name: self.layout.take(weight.name, state[weight.name], child)
+            for name, weight in self.layout.kept(child, self.layout.weights)
+        }
 
     @property
     def state(self) -> dict[str, Tensor]:

@@ -7,11 +7,12 @@ Glossary
     symbol    a config field (`hidden_size`), or one derived from fields (`queries`)
     segment   symbols multiplied, outermost first: `n_groups*mamba_heads*mamba_head_dim`
     dim       segments concatenated: `z + x + B + C + dt`
-    sizes     {symbol: number}; tensors work as numbers, so that counts can be differentiated
+    sizes     {symbol: number}; tensors work as numbers, so that counts can be differentiated;
+              a list holds one number a layer (`at` picks)
     run       (start, length) of consecutive indices kept on one dimension
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -52,18 +53,33 @@ def runs(dim: Dim, parent: Sizes, child: Sizes) -> list[Run]:
     return kept
 
 
-def take(tensor: Tensor, shape: Shape, parent: Sizes, child: Sizes) -> Tensor:
-    """The child's part of the parent's tensor: a view wherever one run suffices, else a copy.
+def cuts(shape: Shape, parent: Sizes, child: Sizes) -> list[tuple[int, list[Run]]]:
+    """The dimensions that a child shortens, and the runs it keeps of each."""
+    kept = [(position, runs(dim, parent, child)) for position, dim in enumerate(shape)]
+    return [(n, found) for n, found in kept if found != [(0, width(shape[n], parent))]]
+
+
+def narrow(tensor: Tensor, found: Iterable[tuple[int, list[Run]]]) -> Tensor:
+    """What `cuts` leaves of a tensor: a view wherever one run suffices, else a copy.
 
     Differentiable: gradients of the part flow into the whole.
     """
-    for position, dim in enumerate(shape):
-        kept = runs(dim, parent, child)
-        if kept == [(0, tensor.shape[position])]:
-            continue
+    for position, kept in found:
         pieces = [tensor.narrow(position, *run) for run in kept]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, position)
     return tensor
+
+
+def take(tensor: Tensor, shape: Shape, parent: Sizes, child: Sizes) -> Tensor:
+    """The child's part of the parent's tensor; see `narrow`."""
+    return narrow(tensor, cuts(shape, parent, child))
+
+
+def at(sizes: Sizes, layer: int | None) -> Sizes:
+    """The sizes inside one layer of the parent: of symbols given per layer, that layer's number."""
+    if layer is None:
+        return sizes
+    return {s: value[layer] if isinstance(value, list) else value for s, value in sizes.items()}
 
 
 def _value(symbol: str, sizes: Sizes) -> Any:

@@ -10,11 +10,12 @@
   real tokens. `pads_exactly` tells which models may be batched with padding.
 """
 
+import importlib.util
 import inspect
 import types
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.utils import logging
 
-from star_elastic.layout import head_dim
+from star_elastic.conv import causal_conv1d_fn
+from star_elastic.layout import DEPTH, Layout, head_dim
 from star_elastic.scan import chunk_scan
+from star_elastic.submodel import Fields, per_layer
 
 _SMALLEST_STEP, _LARGEST_STEP = 1e-30, 3e38
 
@@ -63,30 +66,42 @@ def pads_exactly(model: PreTrainedModel) -> bool:
 
 
 def use_chunk_scan(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the Mamba mixers of this one model run `scan.chunk_scan`, on CPU; others are untouched.
+    """Let the Mamba mixers of this one model run `scan.chunk_scan`; others are untouched.
 
-    Results agree with the stock scan to rounding (about 1e-6 in fp32), not bit for bit.
+    It keeps packed documents apart (`seq_idx`), which the stock scan refuses to do unfused. Where
+    the fused kernels are installed, mixers that are not on a CPU keep them. Results agree with the
+    stock scan to rounding (about 1e-6 in fp32), not bit for bit.
     """
+    fused = all(importlib.util.find_spec(name) for name in ("mamba_ssm", "causal_conv1d"))
     for module in model.modules():
-        if type(module) is NemotronHMamba2Mixer and module.dt_bias.device.type in ("cpu", "meta"):
+        if type(module) is not NemotronHMamba2Mixer:
+            continue
+        if not fused or module.dt_bias.device.type in ("cpu", "meta"):
             module.__class__ = _chunked_mixer()
     return model
 
 
-def child_config(config: Any, fields: Mapping[str, int]) -> Any:
-    """The config with some fields replaced, checked by the stock class.
+def child_config(layout: Layout, fields: Fields) -> Any:
+    """The parent's config with some fields replaced, checked by the stock class.
 
     Raises:
         ValueError: the stock class cannot express this size.
     """
+    config = layout.config
+    if uneven := per_layer(fields):
+        raise ValueError(
+            f"{type(config).__name__} cannot express {min(uneven)} per layer; views can"
+        )
     values = config.to_dict()
     values.pop("elastic_config", None)
     values["head_dim"] = head_dim(config)  # else a stock class derives it from the smaller widths
     alias = getattr(type(config), "attribute_map", {})
+    values |= {alias.get(field, field): value for field, value in fields.items() if field != DEPTH}
+    if DEPTH in fields:
+        kept = layout.kept_layers(layout.sizes_of(fields))
+        values |= layout.family.depth(config, kept)
     try:
-        child = type(config).from_dict(
-            {**values, **{alias.get(f, f): v for f, v in fields.items()}}
-        )
+        child = type(config).from_dict(values)
     except Exception as error:  # strict configs raise their own kinds
         reason = str(error).strip().splitlines()[-1]
         kind = type(config).__name__
@@ -94,6 +109,28 @@ def child_config(config: Any, fields: Mapping[str, int]) -> Any:
     child._attn_implementation = config._attn_implementation
     child._experts_implementation = config._experts_implementation
     return child
+
+
+def build_child(layout: Layout, fields: Fields) -> PreTrainedModel:
+    """A stock model of a smaller size on `meta`; where sizes differ per layer, of stock layers."""
+    uneven = per_layer(fields)
+    even = {field: value for field, value in fields.items() if field not in uneven}
+    whole: PreTrainedModel | None = None
+    models: dict[tuple[int, ...], PreTrainedModel] = {}
+    for position, layer in enumerate(layout.kept_layers(layout.sizes_of(fields))):
+        local = {field: value[layer] for field, value in uneven.items()}
+        key = tuple(local.values())
+        if key not in models:
+            models[key] = build(child_config(layout, {**even, **local}), device="meta")
+        whole = whole or models[key]
+        layers_of(whole)[position] = layers_of(models[key])[position]
+    assert whole is not None
+    return whole
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of a stock causal LM."""
+    return cast(nn.ModuleList, model.get_submodule("model.layers"))
 
 
 def config_json(config: Any) -> dict[str, Any]:
@@ -134,6 +171,15 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def fill_constants(model: PreTrainedModel) -> None:
+    """Compute the rotary frequencies of a model built on `meta`: no checkpoint holds them."""
+    for module in model.modules():
+        if "inv_freq" in module._buffers:
+            fresh = type(module)(model.config)
+            module._buffers.update(fresh._buffers)
+            module.original_inv_freq = fresh.original_inv_freq
+
+
 def share_constants(model: nn.Module, source: nn.Module) -> None:
     """Take over buffers that no checkpoint holds (rotary frequencies); no axis changes them."""
     kept = set(source.state_dict())
@@ -146,14 +192,25 @@ def share_constants(model: nn.Module, source: nn.Module) -> None:
                 setattr(owner, f"original_{leaf}", buffer)
 
 
+def loaded_dtype(model: PreTrainedModel, name: str) -> torch.dtype:
+    """The dtype `from_pretrained` gives a tensor: the config's, or fp32 if its class insists."""
+    strict = model._keep_in_fp32_modules_strict or ()
+    return torch.float32 if any(part in name for part in strict) else model.dtype
+
+
 def _chunked_mixer() -> type[NemotronHMamba2Mixer]:
-    """The stock mixer whose `forward` finds our scan under the stock scan's name.
+    """The stock mixer whose `forward` finds our scan and convolution under the stock names.
 
     The stock code object runs unchanged in a namespace of its own, so no module is patched and two
     models in one process may differ.
     """
     stock = inspect.unwrap(NemotronHMamba2Mixer.forward)
-    namespace = {**stock.__globals__, "mamba2_chunk_scan": chunk_scan}
+    namespace = {
+        **stock.__globals__,
+        "mamba2_chunk_scan": chunk_scan,
+        "causal_conv1d_fn": causal_conv1d_fn,
+        "mamba2_split_conv1d_scan_combined": lambda *_, **__: None,  # "there is no fused kernel"
+    }
     forward = types.FunctionType(
         stock.__code__, namespace, stock.__name__, stock.__defaults__, stock.__closure__
     )

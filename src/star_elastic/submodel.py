@@ -9,9 +9,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from star_elastic.layout import Layout
+from star_elastic.layout import DEPTH, Layout
+from star_elastic.shapes import at
 
 FORMAT_VERSION = 1
+Fields = Mapping[str, int | list[int]]  # config fields; a list has one value per parent's layer
+_WHOLE = ("hidden_size", DEPTH)  # fields that no two layers can differ in
 
 
 class Strict(BaseModel):
@@ -34,7 +37,7 @@ class Submodel(Strict):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    config: dict[str, int] = {}
+    config: dict[str, int | list[int]] = {}
     total_params: int
     active_params: int
     trained: bool
@@ -63,7 +66,7 @@ class ElasticSpace(Strict):
     def of(
         cls,
         layout: Layout,
-        sizes: Mapping[str, Mapping[str, int]],
+        sizes: Mapping[str, Fields],
         trained: bool = False,
         training: Training | None = None,
         multiple_of: Mapping[str, int] | None = None,
@@ -76,7 +79,7 @@ class ElasticSpace(Strict):
         multiple_of = multiple_of or {}
         axes: dict[str, Axis] = {}
         for field in layout.axes:
-            choices = {fields[field] for fields in sizes.values() if field in fields}
+            choices = {n for fields in sizes.values() for n in _values(fields.get(field, []))}
             if choices:
                 choices.add(layout.sizes[field])
                 divisor = multiple_of.get(field, 1)
@@ -84,7 +87,9 @@ class ElasticSpace(Strict):
         submodels = [
             submodel(layout, name, fields, trained=trained) for name, fields in sizes.items()
         ]
-        space = cls(axes=axes, submodels=submodels, training=training)
+        space = cls(
+            axes=axes, submodels=submodels, training=training, layer_order=layout.layer_order
+        )
         space.check(layout)
         return space
 
@@ -109,7 +114,7 @@ class ElasticSpace(Strict):
             for field, value in each.config.items():
                 if field not in self.axes:
                     raise ValueError(f"{where}: {field} is not among the axes declared")
-                if value not in self.axes[field].choices:
+                if not {*_values(value)} <= {*self.axes[field].choices}:
                     raise ValueError(f"{where}: {field} = {value} is not among its choices")
             honest = submodel(layout, each.name, each.config, each.trained)
             for count in ("total_params", "active_params"):
@@ -118,7 +123,7 @@ class ElasticSpace(Strict):
                     raise ValueError(f"{where}: {count} says {said}, the shapes say {true}")
 
 
-def submodel(layout: Layout, name: str, fields: Mapping[str, int], trained: bool) -> Submodel:
+def submodel(layout: Layout, name: str, fields: Fields, trained: bool) -> Submodel:
     """A submodel with its counts, after checking that this parent holds it.
 
     The whole parent is as trained as it came: reordering does not change what it computes.
@@ -134,23 +139,43 @@ def submodel(layout: Layout, name: str, fields: Mapping[str, int], trained: bool
     )
 
 
-def check_fields(layout: Layout, fields: Mapping[str, int]) -> None:
+def check_fields(layout: Layout, fields: Fields) -> None:
     """Can this parent hold a submodel with these fields?
 
     Raises:
         ValueError: an axis the family (or this model) does not have, a value above the parent's or
-            below one, heads that do not fill their groups, fewer experts than a token uses.
+            below one, heads that do not fill their groups, fewer experts than a token uses, values
+            per layer where there can be one only.
     """
+    layers = len(layout.blocks)
     for field, value in fields.items():
-        _check_choice(layout, field, value)
+        if isinstance(value, list) and (field in _WHOLE or len(value) != layers):
+            many = "one value" if field in _WHOLE else f"{layers} values, one per layer"
+            raise ValueError(f"{field} = {value}: it takes {many}")
+        for each in _values(value):
+            _check_choice(layout, field, each)
     sizes = layout.sizes_of(fields)
     experts, top_k = layout.family.experts, layout.family.top_k
-    if experts in layout.axes and sizes[experts] < sizes[top_k]:
-        raise ValueError(f"{experts} = {sizes[experts]} is fewer than {top_k} = {sizes[top_k]}")
+    if experts in layout.axes:
+        for layer in range(layers):
+            have, use = at(sizes, layer)[experts], at(sizes, layer)[top_k]
+            if have < use:
+                raise ValueError(f"{experts} = {have} is fewer than {top_k} = {use}")
+
+
+def per_layer(fields: Fields) -> dict[str, list[int]]:
+    """The fields that are given per layer; stock classes can express none of them."""
+    return {field: value for field, value in fields.items() if isinstance(value, list)}
+
+
+def _values(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _check_choice(layout: Layout, field: str, value: Any, multiple_of: int = 1) -> None:
-    if field not in layout.axes:
+    if field == DEPTH and layout.layer_order is None and value != layout.sizes[DEPTH]:
+        raise ValueError(f"{DEPTH}: this model has no layer_order; rank its layers first")
+    if field not in layout.axes and field != DEPTH:
         raise ValueError(
             f"{field} is no axis of this {layout.family.model_type} model; "
             f"its axes are {', '.join(layout.axes)}"

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from star_elastic.cli import chat, evaluate, inspect, slice, train
+from star_elastic.cli import chat, evaluate, fit, inspect, rank, slice, train
 
 
 def build_app() -> typer.Typer:
@@ -19,7 +19,16 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for verb in (train.train, slice.slice_, inspect.inspect, evaluate.evaluate, chat.chat):
+    verbs = (
+        rank.rank,
+        train.train,
+        slice.slice_,
+        inspect.inspect,
+        fit.fit,
+        evaluate.evaluate,
+        chat.chat,
+    )
+    for verb in verbs:
         app.command(verb.__name__.rstrip("_"))(verb)
     return app
 

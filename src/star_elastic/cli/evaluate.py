@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from star_elastic.cli.progress import LiveLosses
 from star_elastic.cli.table import print_sizes, size_rows
 
 
@@ -34,6 +33,7 @@ def evaluate(
     from star_elastic import evaluate as evaluation
     from star_elastic import stock
     from star_elastic.checkpoint import Checkpoint, declare
+    from star_elastic.cli.progress import LiveLosses
     from star_elastic.model import ElasticModel
     from star_elastic.records import read_records
     from star_elastic.train.baselines import measure_baselines
@@ -58,6 +58,6 @@ def evaluate(
         fields = {name: size.config for name, size in model.sizes.items()}
         live = LiveLosses(console, plan.train.steps)
         with live.progress:
-            found = measure_baselines(plan, fields, records, live, **settings)
+            found = measure_baselines(plan, fields, records, [live], **settings)
         rows = [{**row, "baselines": found[row["name"]]} for row in rows]
     print_sizes(rows, json)

@@ -13,8 +13,7 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="a list of objects, one a size")] = False,
 ) -> None:
     """Print every size: parameters, bytes, cache per token, measured quality, trained or not."""
-    from star_elastic import stock
-    from star_elastic.card import UNTRAINED
+    from star_elastic import card, stock
     from star_elastic.checkpoint import Checkpoint
 
     stock.quiet()
@@ -31,6 +30,6 @@ def inspect(
         console.print(f"all sizes together, as views of the one parent: {together}")
     else:
         console.print("an ordinary model folder: it declares no sizes")
-    for row in rows:
-        if not row["trained"]:
-            console.print(f"[red]{row['name']}: {UNTRAINED}[/red]")
+    for size in opened.space.submodels:
+        if warning := card.warning(size, opened.space):
+            console.print(f"[red]{size.name}: {warning}[/red]")

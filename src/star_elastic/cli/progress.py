@@ -1,15 +1,13 @@
 """What a training run looks like while it runs."""
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:
-    from star_elastic.train.trainer import StepReport
+from star_elastic.train.callbacks import Callback
+from star_elastic.train.report import StepReport
 
 
-class LiveLosses:
+class LiveLosses(Callback):
     """A progress bar that shows the latest loss of every size, smoothed, and the time left."""
 
     def __init__(self, console: Console, steps: int):
@@ -24,7 +22,8 @@ class LiveLosses:
         self.task = self.progress.add_task("", total=steps, losses="")
         self.smooth: dict[str, float] = {}
 
-    def __call__(self, report: "StepReport") -> None:
+    def on_step_end(self, report: StepReport) -> None:
+        """Show the step."""
         for size, loss in report.losses.items():
             self.smooth[size] = 0.9 * self.smooth.get(size, loss) + 0.1 * loss
         losses = "  ".join(f"{size} {loss:.4f}" for size, loss in sorted(self.smooth.items()))

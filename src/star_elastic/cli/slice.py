@@ -21,26 +21,19 @@ def slice_(
     * 10**9,
 ) -> None:
     """Cut one size out of an elastic checkpoint, with no further training."""
-    from star_elastic import stock
-    from star_elastic.card import UNTRAINED
+    from star_elastic import card, stock
+    from star_elastic.budget import parse_field
     from star_elastic.checkpoint import Checkpoint, slice_checkpoint
 
     stock.quiet()
     console = Console(stderr=True)
     opened = Checkpoint.open(checkpoint)
-    fields = None if set_ is None else dict(_field(text) for text in set_)
+    fields = None if set_ is None else dict(parse_field(text, "--set") for text in set_)
     cut = slice_checkpoint(opened, out, size, fields, overwrite, max_shard_size)
-    if size is None:
+    warning = card.warning(cut, opened.space)
+    if size is None and opened.space.training is None:
         console.print("[yellow]nobody trained or measured this very size[/yellow]")
-    elif not cut.trained:
-        console.print(f"[red]{cut.name}: {UNTRAINED}[/red]")
+    elif warning:
+        console.print(f"[red]{cut.name}: {warning}[/red]")
     written = readable(sum(path.stat().st_size for path in out.iterdir()))
     print(f"{out}: {cut.total_params:,} parameters, {written}")
-
-
-def _field(text: str) -> tuple[str, int]:
-    field, _, value = text.partition("=")
-    try:
-        return field, int(value)
-    except ValueError:
-        raise ValueError(f"--set {text}: not of the form field=number") from None

@@ -9,27 +9,28 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from star_elastic.checkpoint import Checkpoint
+    from star_elastic.submodel import Submodel
 
 
 def size_rows(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
     """One object a size: counts, bytes, state and measured quality."""
-    rows = []
-    for size in checkpoint.space.submodels:
-        child = checkpoint.layout.sizes_of(size.config)
-        rows.append(
-            {
-                "name": size.name,
-                "config": size.config,
-                "total_params": size.total_params,
-                "active_params": size.active_params,
-                "disk_bytes": checkpoint.disk_bytes(child),
-                "resident_bytes": checkpoint.resident_bytes(child),
-                "cache_bytes_per_token": checkpoint.cache_bytes_per_token(child),
-                "trained": size.trained,
-                "quality": size.quality,
-            }
-        )
-    return rows
+    return [size_row(checkpoint, size) for size in checkpoint.space.submodels]
+
+
+def size_row(checkpoint: "Checkpoint", size: "Submodel") -> dict[str, Any]:
+    """One size of a checkpoint, declared there or not; see `size_rows`."""
+    child = checkpoint.layout.sizes_of(size.config)
+    return {
+        "name": size.name,
+        "config": size.config,
+        "total_params": size.total_params,
+        "active_params": size.active_params,
+        "disk_bytes": checkpoint.disk_bytes(child),
+        "resident_bytes": checkpoint.resident_bytes(child),
+        "cache_bytes_per_token": checkpoint.cache_bytes_per_token(child),
+        "trained": size.trained,
+        "quality": size.quality,
+    }
 
 
 def print_sizes(rows: Sequence[dict[str, Any]], as_json: bool) -> None:

@@ -1,12 +1,11 @@
 """`star-elastic train`: a recipe, run to its end or resumed."""
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from star_elastic.cli.progress import LiveLosses
 
 
 def train(
@@ -14,11 +13,18 @@ def train(
     out: Annotated[Path, typer.Option(help="the run's folder")],
     resume: Annotated[bool, typer.Option(help="go on with the run in that folder")] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override a key: train.steps=100")
+        list[str] | None,
+        typer.Option("--set", help="override a key: train.stages.0.steps=100"),
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any")] = None,
 ) -> None:
-    """Rank, reorder and train all sizes of a parent jointly; write one elastic checkpoint."""
+    """Rank, reorder and train all sizes of a parent jointly; write one elastic checkpoint.
+
+    Many processes: torchrun --nproc-per-node N -m star_elastic train RECIPE --out DIR
+    """
     from star_elastic import stock
+    from star_elastic.cli.progress import LiveLosses
+    from star_elastic.train.interrupt import Interrupted
     from star_elastic.train.recipe import load_recipe
     from star_elastic.train.run import train as run
 
@@ -28,10 +34,11 @@ def train(
     live = LiveLosses(console, plan.train.steps)
     try:
         with live.progress:
-            folder = run(plan, out, resume, on_step=live, say=live.progress.console.print)
-    except KeyboardInterrupt:
+            folder = run(plan, out, resume, [live], live.progress.console.print, device)
+    except KeyboardInterrupt as stop:
         again = " ".join(f"--set {text}" for text in set_ or ())
         command = f"star-elastic train {recipe} --out {out} --resume {again}".rstrip()
         console.print(f"\nstopped; to go on: {command}", soft_wrap=True, markup=False)
-        raise typer.Exit(130) from None
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        raise typer.Exit(128 + number) from None
     print(folder)

@@ -3,6 +3,7 @@
 The four share their block; they differ in biases, query/key norms and experts only.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,20 @@ def _decoder_moe(config: Any) -> list[tuple[str, ...]]:
         else ("block", "mlp")
         for layer in range(config.num_hidden_layers)
     ]
+
+
+def _depth(config: Any, kept: Sequence[int]) -> dict[str, Any]:
+    fields: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    if getattr(config, "layer_types", None):
+        fields["layer_types"] = [config.layer_types[layer] for layer in kept]
+    return fields
+
+
+def _depth_moe(config: Any, kept: Sequence[int]) -> dict[str, Any]:
+    """Which layers have experts is listed one by one: a stride would count the wrong layers."""
+    parts = _decoder_moe(config)
+    dense = [n for n, layer in enumerate(kept) if "moe" not in parts[layer]]
+    return {**_depth(config, kept), "mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
 _BLOCK = {
@@ -65,7 +80,18 @@ _MLP_BIAS = {
 LLAMA = Family(
     model_type="llama",
     blocks=_decoder,
-    axes=("hidden_size", "intermediate_size", "num_attention_heads"),
+    depth=_depth,
+    axes=("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    norms=frozenset(
+        {"model.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight"}
+    ),
+    masked={
+        "model.embed_tokens.weight": (1,),
+        "self_attn.o_proj.weight": (0, 1),
+        "self_attn.o_proj.bias": (0,),
+        "mlp.down_proj.weight": (0, 1),
+        "mlp.down_proj.bias": (0,),
+    },
     derived={"queries": "num_attention_heads / num_key_value_heads"},
     outside={
         "model.embed_tokens.weight": "vocab_size, hidden_size",
@@ -94,6 +120,7 @@ QWEN3_MOE = replace(
     QWEN3,
     model_type="qwen3_moe",
     blocks=_decoder_moe,
+    depth=_depth_moe,
     experts="num_experts",
     axes=(*LLAMA.axes, "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
     parts={
@@ -105,6 +132,7 @@ QWEN3_MOE = replace(
             "mlp.experts.{num_experts}.down_proj.weight": "hidden_size, moe_intermediate_size",
         },
     },
+    masked={**LLAMA.masked, "mlp.experts.{num_experts}.down_proj.weight": (0, 1)},
     fused={
         "mlp.experts.gate_up_proj": (
             "mlp.experts.{num_experts}.gate_proj.weight",

@@ -6,7 +6,7 @@ flag. A brace in a *name* is an axis too: `{layer}` and the family's expert fiel
 of the published checkpoint, written with the in-memory prefix (`disk_prefix` maps the two).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,9 +32,13 @@ class Family:
 
     model_type: str
     blocks: Callable[[Any], list[tuple[str, ...]]]  # config -> the parts of every layer
+    depth: Callable[[Any, Sequence[int]], dict[str, Any]]  # config fields once only these stay
     outside: Mapping[str, str]  # weights outside the layers
     parts: Mapping[str, Mapping[str, str]]  # part -> weights below `layer_prefix`
     axes: tuple[str, ...]  # config fields that may shrink
+    norms: frozenset[str]  # RMS norms: they divide by the width that is kept
+    # where units are masked: weight -> its dimensions; each unit once on its way through a layer
+    masked: Mapping[str, tuple[int, ...]]
     derived: Mapping[str, str]
     probes: Mapping[str, tuple[Probe, ...]]  # part (or "outside") -> probes
     cache: Mapping[str, Mapping[str, str]]  # part -> state tensors per sequence (or per token)

@@ -4,6 +4,7 @@ Shapes as in transformers' `NemotronHForCausalLM`; `g*m*p` are Mamba groups, hea
 head channels (Mamba-2, arXiv 2405.21060), so that heads are cut within each group.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from star_elastic.families.family import Family, Probe
@@ -11,6 +12,10 @@ from star_elastic.families.family import Family, Probe
 
 def _blocks(config: Any) -> list[tuple[str, ...]]:
     return [("norm", kind) for kind in config.layers_block_type]
+
+
+def _depth(config: Any, kept: Sequence[int]) -> dict[str, Any]:
+    return {"layers_block_type": [config.layers_block_type[layer] for layer in kept]}
 
 
 _INNER = "n_groups*mamba_heads*mamba_head_dim"
@@ -23,9 +28,30 @@ _KEY = "num_key_value_heads*head_dim"
 NEMOTRON_H = Family(
     model_type="nemotron_h",
     blocks=_blocks,
+    depth=_depth,
+    norms=frozenset({"model.norm_f.weight", "norm.weight", "mixer.norm.weight"}),
     disk_prefix=("model.", "backbone."),
     ignored=("mtp.",),
     experts="n_routed_experts",
+    masked={
+        "model.embeddings.weight": (1,),
+        # x alone: what its convolution lets through is all that a head adds, and the gated norm
+        # behind it must not see a dropped head
+        "mixer.conv1d.weight": (0,),
+        "mixer.conv1d.bias": (0,),
+        "mixer.out_proj.weight": (0,),
+        "mixer.out_proj.bias": (0,),
+        "mixer.o_proj.weight": (0, 1),
+        "mixer.down_proj.weight": (0, 1),
+        "mixer.down_proj.bias": (0,),
+        "mixer.experts.{n_routed_experts}.down_proj.weight": (0, 1),
+        "mixer.shared_experts.down_proj.weight": (0, 1),
+        "mixer.shared_experts.down_proj.bias": (0,),
+        "mixer.fc1_latent_proj.weight": (0,),
+        "mixer.fc1_latent_proj.bias": (0,),
+        "mixer.fc2_latent_proj.weight": (0,),
+        "mixer.fc2_latent_proj.bias": (0,),
+    },
     axes=(
         "hidden_size",
         "intermediate_size",
@@ -37,6 +63,7 @@ NEMOTRON_H = Family(
         "num_attention_heads",
         "mamba_num_heads",
         "mamba_head_dim",
+        "num_hidden_layers",
     ),
     derived={
         "mamba_heads": "mamba_num_heads / n_groups",

@@ -1,6 +1,6 @@
 """What a size is worth: the same size merely sorted and cut, and the same size trained alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,17 +9,20 @@ from star_elastic import stock
 from star_elastic.evaluate import Quality, evaluate_size
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record
-from star_elastic.train.recipe import Recipe
-from star_elastic.train.run import make_batches
+from star_elastic.submodel import Fields
+from star_elastic.train.recipe import Balance, Recipe
+from star_elastic.train.callbacks import Callback
+from star_elastic.train.parts import Parts
 from star_elastic.train.sort import sorted_parent
-from star_elastic.train.trainer import StepReport, Trainer
+from star_elastic.train.run import streams
+from star_elastic.train.trainer import Trainer
 
 
 def measure_baselines(
     recipe: Recipe,
-    sizes: Mapping[str, Mapping[str, int]],
+    sizes: Mapping[str, Fields],
     heldout: Sequence[Record],
-    on_step: Callable[[StepReport], None] = lambda report: None,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> dict[str, dict[str, Quality]]:
     """Both baselines of some sizes: {size: {"sorted": quality, "alone": quality}}.
@@ -31,7 +34,7 @@ def measure_baselines(
     measured: dict[str, dict[str, Quality]] = {}
     for name, fields in sizes.items():
         cut = untrained.submodel(**fields)
-        alone = train_alone(recipe, fields, on_step)
+        alone = train_alone(recipe, fields, callbacks)
         measured[name] = {
             "sorted": evaluate_size(cut, untrained.tokenizer, heldout, **settings),
             "alone": evaluate_size(alone.parent, alone.tokenizer, heldout, **settings),
@@ -41,8 +44,8 @@ def measure_baselines(
 
 def train_alone(
     recipe: Recipe,
-    fields: Mapping[str, int],
-    on_step: Callable[[StepReport], None] = lambda report: None,
+    fields: Fields,
+    callbacks: Sequence[Callback] = (),
 ) -> ElasticModel:
     """A stock model of one size of the recipe's parent, from random weights, with cross-entropy.
 
@@ -50,10 +53,13 @@ def train_alone(
     """
     parent = ElasticModel.from_pretrained(str(recipe.parent))
     torch.manual_seed(recipe.train.seed)
-    fresh = stock.build(stock.child_config(parent.parent.config, fields)).float()
+    fresh = stock.build(stock.child_config(parent.layout, fields)).float()
     model = ElasticModel(fresh, tokenizer=parent.tokenizer)
-    rates = {**recipe.alone.model_dump(), "size_probs": None}
-    settings = recipe.train.model_copy(update=rates)
-    Trainer(model, None, make_batches(recipe, parent.tokenizer), settings).run(on_step)
+    alone = {"learning_rate": recipe.alone.learning_rate, "size_probs": None}
+    stages = [stage.model_copy(update=alone) for stage in recipe.train.stages]
+    settings = recipe.train.model_copy(update={"stages": stages, "sizes_per_batch": 1})
+    balance = Balance(rate=recipe.alone.balance_rate)
+    parts, data = Parts(model.layout, model.state), streams(recipe, parent.tokenizer)
+    Trainer(parts, {"full": {}}, settings, data, balance=balance, callbacks=callbacks).run()
     model.parent.eval()
     return model

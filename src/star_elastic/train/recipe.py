@@ -17,38 +17,128 @@ class RecipeError(ValueError):
     """A recipe that cannot be run: one line naming file, field and value."""
 
 
-class Data(Strict):
-    """JSONL files of prompt/completion, question/answer or text records."""
+class Corpus(Strict):
+    """One source of training text: JSONL, a dataset folder, or a dataset of the hub."""
 
-    train: str
-    heldout: str
-    max_length: int = Field(default=512, ge=8)  # tokens; longer records are cut
+    path: str
+    split: str = "train"
+    weight: float = Field(default=1.0, gt=0)  # its share of the documents drawn
     loss_on: Literal["all", "completion"] = "all"
 
 
+class Data(Strict):
+    """Training text, one corpus or a mix by name, and held-out records (JSONL)."""
+
+    train: str | dict[str, Corpus]
+    heldout: str
+    loss_on: Literal["all", "completion"] = "all"  # where `train` is one path
+
+    @property
+    def corpora(self) -> dict[str, Corpus]:
+        """The mix, by name."""
+        if isinstance(self.train, str):
+            return {"train": Corpus(path=self.train, loss_on=self.loss_on)}
+        return self.train
+
+
 class Rank(Strict):
-    """The calibration pass that orders units."""
+    """The calibration pass that orders units, and layers if asked."""
 
     samples: int = Field(default=512, ge=1)
+    order: Literal["importance", "random"] = "importance"
+    depth: bool = False  # rank layers too, so that sizes may have fewer
+    min_layers: int = Field(default=1, ge=1)
+    one_block: bool = False  # hold one block of the parent at a time
+
+
+class Stage(Strict):
+    """A stretch of training. A step is `accumulate` micro-batches of `rows` packed rows."""
+
+    steps: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=1)  # instead of steps
+    sequence_length: int = Field(default=512, ge=8)
+    rows: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)  # of all processes together
+    size_probs: dict[str, float] | None = None  # default: all sizes alike
+    mix: dict[str, float] | None = None  # other weights of the corpora
+    learning_rate: float = Field(default=1e-4, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)  # of the peak, at the stage's last step
+    warmup_steps: int = Field(default=50, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Stage":
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("say either steps or tokens")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step, padding included."""
+        return self.sequence_length * self.rows * self.accumulate
+
+    @property
+    def length(self) -> int:
+        """Steps of this stage."""
+        return self.steps or max(1, round((self.tokens or 0) / self.tokens_per_step))
+
+
+class Distil(Strict):
+    """What the sizes learn from, and how far they are from it."""
+
+    teacher: str | None = None  # another model of the same vocabulary; default: the frozen parent
+    offload: bool = False  # the teacher rests in host memory, a block at a time on the device
+    temperature: float = Field(default=1.0, gt=0)
+    cross_entropy: float = Field(default=0.0, ge=0)  # weight of the next-token loss
+    hidden: float = Field(default=0.0, ge=0)  # weight of the last hidden states' distance
+
+
+class Balance(Strict):
+    """How experts are kept busy while training."""
+
+    rate: float = Field(default=0.0, ge=0)  # step of the sigmoid gate's balancing bias
+    aux_loss: float = Field(default=0.0, ge=0)  # weight of the load-balancing loss
+
+
+class Routing(Strict):
+    """The router: it learns which size serves a budget. Sizes given as shares are its budgets."""
+
+    axes: dict[str, list[int]]  # the choices of each axis
+    per_layer: list[str] = []  # axes on which layers may differ
+    metric: Literal["params", "active", "memory", "latency"] = "active"
+    context: int = Field(default=4096, ge=1)  # tokens a sequence, for memory
+    batch: int = Field(default=1, ge=1)  # sequences, for memory
+    latency_table: str | None = None  # measured on the device that will serve
+    every: int = Field(default=32, ge=1)  # one draw in so many trains the router, under masks
+    until: float = Field(default=1.0, gt=0, le=1)  # share of the run after which sizes stay
+    warmup: int = Field(default=200, ge=0)  # updates on the budget alone, before training
+    learning_rate: float = Field(default=1e-2, gt=0)
+    width: int = Field(default=256, ge=1)  # of the hidden layer
+    temperature: tuple[float, float] = (1.0, 0.05)  # first and last, geometric in between
+    scale: tuple[float, float] = (1.0, 10.0)  # of the logits, linear in between
+    hard: float = Field(default=0.0, ge=0, le=1)  # share of updates on hard masks
+    weight: float = Field(default=1.0, ge=0)  # of the budget loss
+    dead_zone: float = Field(default=0.05, ge=0)  # relative miss that costs nothing
+    anchor: float = Field(default=10.0, ge=0)  # pulls budget 1 to the full size
 
 
 class Optimise(Strict):
-    """The training loop. A step is `accumulate` micro-batches, each at one size drawn."""
+    """The training loop."""
 
-    steps: int = Field(ge=1)
-    tokens: int = Field(default=4096, ge=16)  # per micro-batch, padding included
-    accumulate: int = Field(default=1, ge=1)
-    size_probs: dict[str, float] | None = None  # default: all sizes alike
-    learning_rate: float = Field(default=1e-4, gt=0)
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)  # of the peak, at the last step
-    warmup_steps: int = Field(default=50, ge=0)
+    stages: list[Stage] = Field(min_length=1)
+    sizes_per_batch: int = Field(default=1, ge=1)  # sizes that learn from one micro-batch
+    same_size: int = Field(default=1, ge=1)  # micro-batches in a row that share a draw of sizes
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)  # norm of the whole gradient
-    balance_rate: float = Field(default=0.0, ge=0)  # step of the gate's load-balancing bias
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
+    checkpoint_activations: bool = False  # compute blocks again in backward, to save memory
     seed: int = 0
     save_every: int = Field(default=200, ge=1)  # steps
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.length for stage in self.stages)
 
 
 class Init(Strict):
@@ -73,27 +163,33 @@ class Recipe(Strict):
     parent: str | None = None
     init: Init | None = None
     data: Data
-    sizes: dict[str, dict[str, int] | float] = {"full": 1.0}  # fields, or share of active
+    sizes: dict[str, dict[str, int | list[int]] | float] = {"full": 1.0}  # fields, or a share
     multiple_of: dict[str, int] = {}
     rank: Rank = Rank()
+    router: Routing | None = None
+    distil: Distil = Distil()
+    balance: Balance = Balance()
     train: Optimise
     alone: Alone = Alone()
+    report_to: list[Literal["wandb"]] = []  # beside metrics.jsonl and TensorBoard
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if (self.parent is None) == (self.init is None):
             raise ValueError("say either parent or init")
-        probs = self.train.size_probs
-        if probs is not None:
-            if unknown := set(probs) - set(self.sizes):
-                raise ValueError(f"train.size_probs names {min(unknown)!r}, which is not a size")
-            if min(probs.values()) < 0 or sum(probs.values()) <= 0:
-                raise ValueError("train.size_probs must be positive")
+        for number, stage in enumerate(self.train.stages):
+            _check_weights(f"train.stages.{number}.size_probs", stage.size_probs, self.sizes)
+            _check_weights(f"train.stages.{number}.mix", stage.mix, self.data.corpora)
+        if self.train.sizes_per_batch > len(self.sizes):
+            many = f"{self.train.sizes_per_batch} of {len(self.sizes)} sizes"
+            raise ValueError(f"train.sizes_per_batch: {many}")
+        if self.router is not None and not any(isinstance(s, float) for s in self.sizes.values()):
+            raise ValueError("router: no size is given as a share, so there is no budget to learn")
         return self
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe; `overrides` are `train.steps=100`, values in YAML.
+    """Read a YAML recipe; `overrides` are `train.stages.0.steps=100`, values in YAML.
 
     Raises:
         RecipeError: unreadable, an unknown key (names the closest), a value out of bounds.
@@ -109,8 +205,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not found:
             raise RecipeError(f"--set {override}: not of the form key=value")
         try:
-            _put(values, key, yaml.safe_load(value))
-        except (yaml.YAMLError, TypeError) as error:
+            _put(values, key.split("."), yaml.safe_load(value))
+        except (yaml.YAMLError, TypeError, IndexError) as error:
             raise RecipeError(f"--set {override}: {one_line(error)}") from None
     values.setdefault("name", Path(path).stem)
     try:
@@ -121,25 +217,57 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {_first_line(error)}") from None
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *path, leaf = key.split(".")
-    for part in path:
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            raise TypeError(f"{part} is not a mapping")
-    values[leaf] = value
+def _check_weights(where: str, weights: dict[str, float] | None, known: Any) -> None:
+    if weights is None:
+        return
+    if unknown := set(weights) - set(known):
+        raise ValueError(f"{where} names {min(unknown)!r}; there are {', '.join(known)}")
+    if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ValueError(f"{where} must be positive")
+
+
+def _put(values: Any, path: list[str], value: Any) -> None:
+    key, *rest = path
+    if isinstance(values, list):
+        if not key.isdigit():
+            raise TypeError(f"{key} is no number of a list of {len(values)}")
+        place: Any = int(key)
+    elif isinstance(values, dict):
+        place = key
+        values.setdefault(key, {})
+    else:
+        raise TypeError(f"{key}: what holds it is not a mapping")
+    if rest:
+        _put(values[place], rest, value)
+    else:
+        values[place] = value
 
 
 def _first_line(error: ValidationError) -> str:
     errors = error.errors()  # a misspelt key that is required is missing, too: say the misspelling
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    where = ".".join(str(part) for part in first["loc"])
+    loc = [str(part) for part in first["loc"]]
+    where = ".".join(part for part in loc if "[" not in part)  # no pydantic names of unions
     if first["type"] != "extra_forbidden":
         return f"{where or 'recipe'}: {first['msg']} (got {first['input']!r:.80})"
-    model: Any = Recipe
-    for part in first["loc"][:-1]:
-        model = model.model_fields[str(part)].annotation
-        inner = (a for a in getattr(model, "__args__", ()) if hasattr(a, "model_fields"))
-        model = next(inner, model)
-    close = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, n=1, cutoff=0)
+    known = _keys_beside(first["loc"])
+    close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0)
     return f"{where}: unknown key; did you mean {close[0]!r}?"
+
+
+def _keys_beside(path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the model in which the last part of a path is unknown."""
+    model: Any = Recipe
+    for part in path[:-1]:
+        fields = getattr(model, "model_fields", {})
+        if part in fields:
+            model = _model_in(fields[str(part)].annotation)
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> Any:
+    """The strict model that an annotation mentions: `Init | None`, `list[Stage]`, ..."""
+    if hasattr(annotation, "model_fields"):
+        return annotation
+    inner = (_model_in(each) for each in getattr(annotation, "__args__", ()))
+    return next((model for model in inner if model is not None), None)

@@ -1,61 +1,70 @@
 """One run of a recipe: load, rank, reorder, train, write the elastic checkpoint.
 
 A run folder holds `sorted/` (the reordered, untrained parent: teacher and baseline), `state/`,
-`metrics.jsonl`, and at the end `elastic/` (or `parent/` when trained from nothing).
+`metrics.jsonl`, `tensorboard/`, and at the end `elastic/` (or `parent/` when trained from nothing).
+Under `torchrun` every process calls `train`; the first one ranks and writes.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from star_elastic import checkpoint, stock
+from star_elastic.checkpoint import Checkpoint
+from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel, load_tokenizer
-from star_elastic.records import encode, read_records
-from star_elastic.submodel import ElasticSpace, Training
-from star_elastic.train.data import Batches
+from star_elastic.sources import open_records
+from star_elastic.submodel import ElasticSpace, Fields, Training
+from star_elastic.train import plan
+from star_elastic.train.callbacks import Callback, JsonLines, TensorBoard, WeightsAndBiases
+from star_elastic.train.data import Source, Stream
+from star_elastic.train.distributed import World, world
+from star_elastic.train.load import load_parts, whole_state
+from star_elastic.train.parts import Parts
 from star_elastic.train.recipe import Recipe
+from star_elastic.train.router import ROUTER, Router, metric_of, save_router, warm_up
+from star_elastic.train.routing import RouterTraining
+from star_elastic.train.sizes import named_sizes
 from star_elastic.train.sort import sorted_parent
-from star_elastic.train.trainer import StepReport, Trainer
+from star_elastic.train.state import States
+from star_elastic.train.teacher import Teacher
+from star_elastic.train.trainer import Trainer
 
 SORTED, ELASTIC, PARENT, STATE = "sorted", "elastic", "parent", "state"
-METRICS = "metrics.jsonl"
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Nobody listens."""
 
 
 def train(
     recipe: Recipe,
     out: Path,
     resume: bool = False,
-    on_step: Callable[[StepReport], None] = lambda report: None,
-    say: Callable[[str], None] = lambda line: None,
+    callbacks: Sequence[Callback] = (),
+    say: Say = _silent,
+    device: str | None = None,
 ) -> Path:
     """Run a recipe; returns the folder of the finished checkpoint.
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is false.
-        KeyboardInterrupt: after the state was saved.
+        Interrupted: on Ctrl-C or SIGTERM, after the state was saved.
+        DivergedError: a loss or gradient is not finite.
     """
-    if not resume and any((out / part).exists() for part in (SORTED, ELASTIC, PARENT, STATE)):
-        raise FileExistsError(f"{out} holds a run already; --resume goes on with it")
-    out.mkdir(parents=True, exist_ok=True)
-    model, teacher, batches = _prepare(recipe, out, say)
-    trainer = Trainer(model, teacher, batches, recipe.train, out / STATE)
-    if resume and trainer.resume():
-        say(f"going on from step {trainer.position.step}")
-    _forget_after(out / METRICS, trainer.position.step)
-    with (out / METRICS).open("a", encoding="utf-8") as metrics:
-
-        def log(report: StepReport) -> None:
-            metrics.write(json.dumps(vars(report)) + "\n")
-            metrics.flush()
-            on_step(report)
-
-        trainer.run(log)
-    trainer.save()
-    return _write(recipe, out, trainer, teacher)
+    with world(device) as here:
+        held = (SORTED, ELASTIC, PARENT, STATE)
+        if here.any(not resume and any((out / part).exists() for part in held)):
+            raise FileExistsError(f"{out} holds a run already; --resume goes on with it")
+        out.mkdir(parents=True, exist_ok=True)
+        run = _Run(recipe, out, here, say if here.is_first else _silent)
+        return run.train(resume, callbacks)
 
 
 def make_parent(recipe: Recipe) -> ElasticModel:
@@ -69,53 +78,180 @@ def make_parent(recipe: Recipe) -> ElasticModel:
     return ElasticModel(parent, tokenizer=tokenizer)
 
 
-def _prepare(
-    recipe: Recipe, out: Path, say: Callable[[str], None]
-) -> tuple[ElasticModel, PreTrainedModel | None, Batches]:
-    """What is trained, what it learns from, and the data."""
-    if recipe.init is not None:
-        model = make_parent(recipe)
-        return model, None, make_batches(recipe, model.tokenizer)
-    folder = out / SORTED
-    if folder.is_dir():
-        parent = ElasticModel.from_pretrained(folder)
-    else:
-        say("ranking and reordering the parent")
-        parent = sorted_parent(recipe)
-        parent.save_pretrained(folder)
-    batches = make_batches(recipe, parent.tokenizer)
-    return ElasticModel.from_pretrained(folder, dtype=torch.float32), parent.parent, batches
-
-
-def make_batches(recipe: Recipe, tokenizer: Any) -> Batches:
-    """The recipe's training data as a stream of micro-batches."""
-    records = read_records(recipe.data.train)
-    examples = encode(tokenizer, records, recipe.data.max_length, recipe.data.loss_on)
+def streams(recipe: Recipe, tokenizer: Any) -> Callable[[int], Stream]:
+    """The data of the n-th stage of a recipe."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return Batches(examples, recipe.train.tokens, pad or 0, recipe.train.seed)
+    records = {name: open_records(c.path, c.split) for name, c in recipe.data.corpora.items()}
+
+    def stream(number: int) -> Stream:
+        stage = recipe.train.stages[number]
+        weights = {name: corpus.weight for name, corpus in recipe.data.corpora.items()}
+        sources = [
+            Source(name, weight, records[name], tokenizer, recipe.data.corpora[name].loss_on)
+            for name, weight in (stage.mix or weights).items()
+            if weight > 0
+        ]
+        seed = recipe.train.seed + 1000 * number  # another order of the documents in each stage
+        return Stream(sources, stage.sequence_length, stage.rows, pad or 0, seed)
+
+    return stream
 
 
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that were taken after the last saved state: they come again."""
-    if metrics.exists():
-        lines = metrics.read_text("utf-8").splitlines(keepends=True)
-        metrics.write_text("".join(lines[:step]), "utf-8")
+class _Run:
+    """A recipe in its folder, in one process of a world."""
 
+    def __init__(self, recipe: Recipe, out: Path, here: World, say: Say):
+        self.recipe = recipe
+        self.out = out
+        self.here = here
+        self.say = say
 
-def _write(recipe: Recipe, out: Path, trainer: Trainer, teacher: PreTrainedModel | None) -> Path:
-    model = trainer.model
-    state = {name: tensor.detach() for name, tensor in model.state.items()}
-    if teacher is None:
-        folder, space, dtypes = out / PARENT, None, {name: torch.float32 for name in state}
-    else:
-        folder = out / ELASTIC
-        dtypes = {name: t.dtype for name, t in stock.get_tensors(teacher).items()}
+    def train(self, resume: bool, callbacks: Sequence[Callback]) -> Path:
+        trainer, dtypes, tokenizer = self._prepare()
+        trainer.callbacks = self._listeners(callbacks)
+        if resume and trainer.resume():
+            self.say(f"going on from step {trainer.position.step}")
+        values = json.loads(self.recipe.model_dump_json())
+        for callback in trainer.callbacks:
+            callback.on_train_begin(trainer.position.step, values)
+        try:
+            trainer.run()
+        finally:
+            for callback in trainer.callbacks:
+                callback.on_train_end()
+        return self._write(trainer, dtypes, tokenizer)
+
+    def _prepare(self) -> tuple[Trainer, dict[str, torch.dtype], Any]:
+        if self.recipe.init is not None:
+            model = make_parent(self.recipe)
+            model.parent.to(self.here.device)
+            parts = Parts(model.layout, model.state)
+            sizes: dict[str, Fields] = {"full": {}}
+            trainer = self._trainer(parts, sizes, model.tokenizer)
+            return trainer, dict.fromkeys(model.layout.weights, torch.float32), model.tokenizer
+        opened = self._sorted()
+        tokenizer = load_tokenizer(opened.path)
+        parts = load_parts(opened, self.here, torch.float32, self._gather())
+        sizes = {**named_sizes(opened.layout, self.recipe)}
+        teacher = self._teacher(opened, tokenizer)
+        routing = self._routing(parts, sizes)
+        trainer = self._trainer(parts, sizes, tokenizer, teacher, routing)
+        self._tell(opened.layout, trainer)
+        dtypes = {name: opened.dtype_of(w) for name, w in opened.layout.weights.items()}
+        return trainer, dtypes, tokenizer
+
+    def _sorted(self) -> Checkpoint:
+        """The reordered parent on disk; the first process makes it, if nobody has yet."""
+        folder = self.out / SORTED
+        if self.here.is_first and not folder.is_dir():
+            self.say("ranking and reordering the parent")
+            sorted_parent(self.recipe).save_pretrained(folder)
+        self.here.wait()
+        return Checkpoint.open(folder, check_digests=self.here.is_first)
+
+    def _teacher(self, parent: Checkpoint, tokenizer: Any) -> Teacher:
+        distil = self.recipe.distil
+        opened = parent if distil.teacher is None else Checkpoint.open(distil.teacher)
+        if opened is not parent:
+            _check_teacher(opened, parent, tokenizer, distil.hidden)
+        return Teacher(load_parts(opened, self.here, offload=distil.offload))
+
+    def _routing(self, parts: Parts, sizes: dict[str, Fields]) -> RouterTraining | None:
+        if self.recipe.router is None:
+            return None
+        budgets = {name: s for name, s in self.recipe.sizes.items() if isinstance(s, float)}
+        metric = metric_of(self.recipe.router, parts.layout)
+        seed = self.recipe.train.seed
+        router = Router(parts.layout, self.recipe.router, metric, list(budgets.values()), seed)
+        warm_up(router, seed)
+        routing = RouterTraining(router, parts, budgets, seed)
+        routing.settle(sizes)
+        return routing
+
+    def _trainer(
+        self,
+        parts: Parts,
+        sizes: Mapping[str, Fields],
+        tokenizer: Any,
+        teacher: Teacher | None = None,
+        routing: RouterTraining | None = None,
+    ) -> Trainer:
+        return Trainer(
+            parts,
+            sizes,
+            self.recipe.train,
+            streams(self.recipe, tokenizer),
+            teacher,
+            self.recipe.distil,
+            self.recipe.balance,
+            routing,
+            States(self.out / STATE, self.here),
+            self.here,
+        )
+
+    def _tell(self, layout: Layout, trainer: Trainer) -> None:
+        """Print the plan; the time is measured, with one micro-batch per size and stage."""
+        assert trainer.teacher is not None
+        teach = sum(t.nbytes for t in trainer.teacher.parts.tensors().values()) * self.here.size
+        settings = self.recipe.train
+        for line in plan.describe(layout, trainer.sizes, settings, teach, self.here.size):
+            self.say(line)
+        took = plan.seconds(settings, trainer.pace()) / self.here.size
+        self.say(f"time: about {took / 60:.1f} minutes, by one micro-batch of each size")
+
+    def _gather(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.recipe.train.dtype == "bfloat16" else None
+
+    def _listeners(self, more: Sequence[Callback]) -> list[Callback]:
+        if not self.here.is_first:
+            return []
+        always = [JsonLines(self.out / METRICS), TensorBoard(self.out / BOARD)]
+        asked = [WeightsAndBiases(self.recipe.name) for _ in self.recipe.report_to]
+        return [*always, *asked, *more]
+
+    def _write(self, trainer: Trainer, dtypes: Mapping[str, torch.dtype], tokenizer: Any) -> Path:
+        folder = self.out / (PARENT if trainer.teacher is None else ELASTIC)
+        state = whole_state(trainer.parts, dtypes, self.here)
+        if state is not None:
+            source = None if trainer.teacher is None else self.out / SORTED
+            layout = trainer.parts.layout
+            checkpoint.write(
+                folder,
+                state,
+                layout,
+                self._space(layout, trainer),
+                source,
+                tokenizer,
+                overwrite=True,
+                beside=self._beside(trainer),
+            )
+        self.here.wait()
+        return folder
+
+    def _space(self, layout: Layout, trainer: Trainer) -> ElasticSpace | None:
+        if trainer.teacher is None:
+            return None
         position = trainer.position
-        training = Training(recipe=recipe.name, steps=position.step, tokens=position.tokens)
-        sizes = {name: size.config for name, size in model.sizes.items()}
-        space = ElasticSpace.of(model.layout, sizes, True, training, recipe.multiple_of)
-    state = {name: tensor.to(dtypes[name]) for name, tensor in state.items()}
-    checkpoint.write(
-        folder, state, model.layout, space, model.source, model.tokenizer, overwrite=True
-    )
-    return folder
+        training = Training(recipe=self.recipe.name, steps=position.step, tokens=position.tokens)
+        return ElasticSpace.of(layout, trainer.sizes, True, training, self.recipe.multiple_of)
+
+    def _beside(self, trainer: Trainer) -> dict[str, Callable[[Path], None]]:
+        if trainer.routing is None:
+            return {}
+        router = trainer.routing.router
+        return {ROUTER: lambda path: save_router(router, path)}
+
+
+def _check_teacher(opened: Checkpoint, parent: Checkpoint, tokenizer: Any, hidden: float) -> None:
+    """Another teacher must speak the parent's vocabulary.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    sizes = [each.layout.sizes["vocab_size"] for each in (opened, parent)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"distil.teacher: vocabulary {sizes[0]}, the parent's is {sizes[1]}")
+    if load_tokenizer(opened.path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"distil.teacher: {opened.path} has another tokenizer than the parent")
+    if hidden:
+        raise ValueError("distil.hidden: another teacher's hidden states are not the parent's")

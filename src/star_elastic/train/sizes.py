@@ -15,18 +15,18 @@ _WIDTHS = (
 )
 
 
-def named_sizes(layout: Layout, recipe: Recipe) -> dict[str, dict[str, int]]:
+def named_sizes(layout: Layout, recipe: Recipe) -> dict[str, dict[str, int | list[int]]]:
     """The recipe's sizes as config fields; a fraction shrinks all widths alike.
 
     Raises:
         RecipeError: no width reaches the fraction.
     """
-    sizes: dict[str, dict[str, int]] = {}
+    sizes: dict[str, dict[str, int | list[int]]] = {}
     for name, size in recipe.sizes.items():
         if isinstance(size, dict):
             sizes[name] = size
         else:
-            sizes[name] = by_fraction(layout, size, recipe.multiple_of, f"sizes.{name}")
+            sizes[name] = {**by_fraction(layout, size, recipe.multiple_of, f"sizes.{name}")}
     return sizes
 
 
@@ -65,7 +65,7 @@ def _scaled(width: int, scale: float, multiple: int) -> int:
 
 def _expressible(layout: Layout, fields: dict[str, int]) -> bool:
     try:
-        stock.child_config(layout.config, fields)
+        stock.child_config(layout, fields)
     except ValueError:
         return False
     return True

@@ -1,63 +1,105 @@
-"""What a run needs to go on as if it had never stopped: weights, optimizer, position (I8)."""
+"""What a run needs to go on as if it had never stopped (I8): weights, moments, router, position.
 
+States are written while training goes on, each to a folder that takes its name once it is whole;
+older ones go only then. So there is a whole state at every instant, whatever happens.
+"""
+
+import errno
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from star_elastic.folder import atomic_folder, read_json, write_json
+from star_elastic.folder import one_line, read_json, write_json
+from star_elastic.train import distributed
+from star_elastic.train.distributed import World
 
-_TENSORS, _POSITION = "state.safetensors", "state.json"
+_POSITION = "position.json"
 
 
 @dataclass
 class Position:
-    """How far a run has come. Data and size draws are functions of `micro_batches` and the seed."""
+    """How far a run has come. Draws of sizes are functions of `micro_batches` and the seed."""
 
     step: int = 0
     micro_batches: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)  # place in the stage's stream
 
 
-def save_state(
-    folder: Path, position: Position, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> None:
-    """Write `folder/step-N`, then drop older ones: there is a whole state at every instant."""
-    tensors = {f"weight/{name}": tensor.detach() for name, tensor in weights.items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {id(tensor): name for name, tensor in weights.items()}
-    for parameter in parameters:
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{names[id(parameter)]}"] = value
-    target = folder / f"step-{position.step:08d}"
-    with atomic_folder(target, overwrite=True) as temporary:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / _TENSORS)
-        write_json(temporary / _POSITION, asdict(position))
-    for older in _states(folder):
-        if older != target:
-            shutil.rmtree(older)
+class States:
+    """The folder of a run's states."""
 
+    def __init__(self, folder: Path, here: World):
+        self.folder = folder
+        self.here = here
+        self._saving: tuple[Future[Any], Path] | None = None
 
-def load_state(
-    folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> Position | None:
-    """Restore the newest state into these very tensors; None if there is none."""
-    states = _states(folder)
-    if not states:
-        return None
-    tensors = load_file(states[-1] / _TENSORS)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(tensors.pop(f"weight/{name}"))
-    for key, value in tensors.items():
-        kind, _, name = key.partition("/")
-        optimizer.state[weights[name]][kind] = value
-    return Position(**read_json(states[-1] / _POSITION))
+    def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to write a state; the one before is waited for, and is then the newest whole one.
 
+        Raises:
+            OSError: the state before could not be written (a full disk); older ones are kept.
+        """
+        self.wait()
+        target = self.folder / f"step-{position.step:08d}"
+        if target.exists():
+            return
+        partial = target.with_suffix(".partial")
+        if self.here.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_json(partial / _POSITION, asdict(position))
+        self.here.wait()
+        self._saving = distributed.save(tensors, partial, self.here), target
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    def wait(self) -> None:
+        """Until what was begun is on disk under its name.
+
+        Raises:
+            OSError: it could not be written; naming the folder and the bytes there are.
+        """
+        if self._saving is None:
+            return
+        (future, target), self._saving = self._saving, None
+        failure = future.exception()
+        if self.here.any(failure is not None):
+            self._abandon(target, failure)
+        if self.here.is_first:
+            target.with_suffix(".partial").rename(target)
+            for older in self._whole():
+                if older != target:
+                    shutil.rmtree(older)
+        self.here.wait()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> Position | None:
+        """Restore the newest whole state into these very tensors; None if there is none."""
+        states = self._whole()
+        if not states:
+            return None
+        with torch.no_grad():
+            distributed.load(tensors, states[-1], self.here)
+        return Position(**read_json(states[-1] / _POSITION))
+
+    def _whole(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
+
+    def _abandon(self, target: Path, failure: BaseException | None) -> None:
+        partial = target.with_suffix(".partial")
+        if self.here.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        why = one_line(failure) if isinstance(failure, Exception) else "another process failed"
+        kept = self._whole()
+        newest = kept[-1].name if kept else "none"
+        raise OSError(
+            errno.EIO,
+            f"state not written ({why}; {free:,} bytes free); newest whole state: {newest}",
+            str(target),
+        )

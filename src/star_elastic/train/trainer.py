@@ -1,217 +1,322 @@
-"""The training loop: every micro-batch at one size, all sizes in the parent's own weights.
+"""The training loop: every micro-batch at one size or several, all in the parent's own weights.
 
 A micro-batch runs a stock model of the drawn size on *narrowed* parent weights, so it costs what
-that size costs; gradients flow through the narrowing into the parent, which one AdamW updates.
+that size costs; gradients flow through the narrowing into the parent, which one AdamW updates. Now
+and then a micro-batch trains the router instead, on the parent under masks.
 """
 
 import math
-import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from star_elastic import stock
-from star_elastic.model import ElasticModel
 from star_elastic.records import Batch
-from star_elastic.train.data import Batches
-from star_elastic.train.distillation import (
-    balance_step,
-    forward_kl,
-    next_token_loss,
-    predicting,
-)
-from star_elastic.train.interrupt import interrupts_held
-from star_elastic.train.recipe import Optimise
-from star_elastic.train.state import Position, load_state, save_state
+from star_elastic.submodel import Fields
+from star_elastic.train import curriculum, optimizer
+from star_elastic.train.balance import Loads, balance_step, watched
+from star_elastic.train.callbacks import Callback
+from star_elastic.train.data import Stream
+from star_elastic.train.distillation import Lesson, loss, predicting
+from star_elastic.train.distributed import World, whole
+from star_elastic.train.interrupt import Interrupted, stop_requests
+from star_elastic.train.parts import Narrowed, Parts
+from star_elastic.train.recipe import Balance, Distil, Optimise
+from star_elastic.train.report import Gathered, StepReport, counts, means
+from star_elastic.train.routing import RouterTraining
+from star_elastic.train.state import Position, States
+from star_elastic.train.teacher import Teacher
 
-# (bias, experts of the size) -> tokens that went to each expert in this step
-Loads = dict[tuple[str, int], Tensor]
-
-
-@dataclass
-class StepReport:
-    """What one optimizer step did: mean loss per size drawn, gradient norm, pace."""
-
-    step: int
-    losses: dict[str, float]
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    seconds: float
-    sizes: dict[str, int] = field(default_factory=dict)  # micro-batches per size
+_SKELETONS = 32  # sizes whose skeletons are kept; a router may change its mind
 
 
-OnStep = Callable[[StepReport], None]
-
-
-def _ignore(_: StepReport) -> None:
-    """Nobody listens."""
+class DivergedError(ValueError):
+    """A loss or a gradient is no longer finite: step, sizes and micro-batches are named."""
 
 
 class Trainer:
     """Trains all sizes of one parent in place.
 
-    With a teacher the loss is forward KL to its logits, else next-token cross-entropy.
+    With a teacher the loss is forward KL to it, else next-token cross-entropy. `streams` makes the
+    data of the n-th stage.
     """
 
     def __init__(
         self,
-        model: ElasticModel,
-        teacher: PreTrainedModel | None,
-        batches: Batches,
+        parts: Parts,
+        sizes: Mapping[str, Fields],
         settings: Optimise,
-        state_folder: Path | None = None,
+        streams: Callable[[int], Stream],
+        teacher: Teacher | None = None,
+        distil: Distil | None = None,
+        balance: Balance | None = None,
+        routing: RouterTraining | None = None,
+        states: States | None = None,
+        here: World | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
-        self.model = model
-        self.teacher = None if teacher is None else stock.use_chunk_scan(teacher.eval())
-        self.batches = batches
+        self.parts = parts
+        self.sizes = dict(sizes)
         self.settings = settings
-        self.state_folder = state_folder
+        self.streams = streams
+        self.teacher = teacher
+        self.distil = distil or Distil()
+        self.balance = balance or Balance()
+        self.routing = routing
+        self.states = states
+        self.here = here or World()
+        self.callbacks = callbacks
         self.position = Position()
-        self.weights = model.state
-        self.device = next(iter(self.weights.values())).device
-        parameters = [p for p in self.weights.values() if isinstance(p, nn.Parameter)]
-        for parameter in parameters:
+        self.weights = parts.tensors()
+        self.parameters = [p for p in self.weights.values() if isinstance(p, nn.Parameter)]
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            parameters,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
+        for part in parts.layers:
+            part.checkpointed = settings.checkpoint_activations  # type: ignore[assignment]
+        self.optimizer = optimizer.adamw(
+            self.parameters,
+            settings.stages[0].learning_rate,
+            settings.betas,
+            settings.weight_decay,
         )
-        self.parameters = parameters
-        probs = settings.size_probs or dict.fromkeys(model.sizes, 1.0)
-        self.probs = [probs.get(name, 0.0) for name in model.sizes]
-        self.skeletons = {name: self._skeleton(name) for name in model.sizes}
+        self._skeletons: OrderedDict[str, tuple[PreTrainedModel, Narrowed]] = OrderedDict()
+        self._stream: tuple[int, Stream] | None = None
+        self._check_processes()
 
     def resume(self) -> bool:
         """Go on from the newest saved state, if there is one."""
-        if self.state_folder is None:
-            return False
-        position = load_state(self.state_folder, self.weights, self.optimizer)
-        self.position = position or self.position
+        position = self.states.load(self._state()) if self.states else None
+        if position is not None:
+            self.position = position
+            if self.routing is not None:
+                self.routing.settle(self.sizes)
         return position is not None
 
-    def run(self, on_step: OnStep = _ignore) -> None:
-        """Train to the last step. An interrupt saves the state of the last whole step first."""
-        stream = self.batches.after(self.position.micro_batches)
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM, once the step is done and its state on disk.
+            DivergedError: a loss or gradient is not finite; the state before that step is saved.
+            OSError: a state could not be written; the one before is kept.
+        """
         try:
-            while self.position.step < self.settings.steps:
-                self.step(stream, on_step)
-                if self.position.step % self.settings.save_every == 0:
-                    self.save()
-        except KeyboardInterrupt:
-            self.save()
+            with stop_requests() as requests:
+                while self.position.step < self.settings.steps:
+                    self.step()
+                    if self.position.step % self.settings.save_every == 0:
+                        self.save()
+                    if self.here.any(requests.number is not None):
+                        self.save(wait=True)
+                        raise Interrupted(requests.number or 15)
+            self.save(wait=True)
+        except DivergedError:
+            self.save(wait=True)
             raise
         finally:
             for parameter in self.parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
 
-    def save(self) -> None:
-        """Write the state from which `resume` goes on."""
-        if self.state_folder is not None:
-            with interrupts_held():
-                save_state(self.state_folder, self.position, self.weights, self.optimizer)
+    def save(self, wait: bool = False) -> None:
+        """Write the state from which `resume` goes on, while training does."""
+        if self.states is None:
+            return
+        self.states.save(self.position, self._state())
+        for callback in self.callbacks:
+            callback.on_save(self.position.step)
+        if wait:
+            self.states.wait()
 
-    def drawn(self, micro_batch: int) -> str:
-        """The size of the n-th micro-batch; the seed decides, so that a resume draws alike."""
-        draw = random.Random(f"size/{self.settings.seed}/{micro_batch}")
-        return draw.choices(list(self.model.sizes), self.probs)[0]
+    def pace(self) -> list[dict[str, float]]:
+        """Seconds of a micro-batch per stage and size, measured; nothing is learned from it."""
+        found = []
+        for number in range(len(self.settings.stages)):
+            batch = next(self.streams(number)).to(self.here.device)
+            found.append({name: self._timed(batch, name) for name in self.sizes})
+        return found
 
-    def loss(self, batch: Batch, size: str) -> Tensor:
-        """The loss of one micro-batch at one size; differentiable in the parent's weights."""
-        tensors = self.model.narrowed(self.model.sizes[size].config)
-        inputs = {"input_ids": batch.input_ids, "use_cache": False}
-        with self._autocast():
-            logits = functional_call(self.skeletons[size], tensors, kwargs=inputs).logits
-        if self.teacher is None:
-            return next_token_loss(logits, batch.input_ids, batch.targets)
-        with torch.no_grad(), self._autocast():
-            target = predicting(self.teacher(**inputs).logits, batch.targets)
-        return forward_kl(predicting(logits, batch.targets), target)
-
-    def step(self, stream: Iterator[Batch], on_step: OnStep = _ignore) -> StepReport:
-        """One optimizer step on the next micro-batches of a stream, reported to `on_step`."""
+    def step(self) -> StepReport:
+        """One optimizer step on the next micro-batches of the stream."""
         start = time.perf_counter()
-        losses: dict[str, list[float]] = defaultdict(list)
-        loads: Loads = {}
-        micro_batches, tokens = self.position.micro_batches, self.position.tokens
-        for _ in range(self.settings.accumulate):
-            batch, size = next(stream).to(self.device), self.drawn(micro_batches)
-            with self._counted(size, batch, loads):
-                loss = self.loss(batch, size)
-            (loss / self.settings.accumulate).backward()
-            losses[size].append(loss.item())
-            micro_batches, tokens = micro_batches + 1, tokens + batch.tokens
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip).item()
-        rate = learning_rate(self.settings, self.position.step)
-        seconds = self.position.seconds + time.perf_counter() - start
-        mean = {size: sum(values) / len(values) for size, values in losses.items()}
-        counts = {size: len(values) for size, values in losses.items()}
-        step = self.position.step + 1
-        report = StepReport(step, mean, rate, norm, tokens, seconds, counts)
-        with interrupts_held():  # weights, moments, biases, position and log move together
-            self._update(rate, loads)
-            self.position = Position(step, micro_batches, tokens, seconds)
-            on_step(report)
-        return report
+        place = curriculum.place(self.settings, self.position.step)
+        stream = self._stage_stream(place.number)
+        first, count = self.position.micro_batches, place.stage.accumulate
+        done = self.position.step / self.settings.steps
+        routed = [self._routes(first + n, done) for n in range(count)]
+        gathered = Gathered()
+        share = self.here.size / max(1, count - sum(routed))
+        for number, batch in enumerate(stream.take(count, self._is_mine)):
+            if batch is not None:
+                names = curriculum.drawn(
+                    self.settings, place.stage, list(self.sizes), first + number
+                )
+                batch = batch.to(self.here.device)
+                if routed[number]:
+                    self._train_router(batch, done, first + number, gathered)
+                else:
+                    self._train_sizes(batch, names, share, first + number, gathered)
+        rate = curriculum.learning_rate(place.stage, place.step)
+        norm = self._gradient_norm(gathered)
+        self._update(rate, gathered)
+        tokens = int(self.here.total(torch.tensor(gathered.tokens, device=self.here.device)))
+        self.position = Position(
+            self.position.step + 1,
+            first + count,
+            self.position.tokens + tokens,
+            self.position.seconds + time.perf_counter() - start,
+            stream.state,
+        )
+        return self._report(place.number, rate, norm, gathered)
 
-    def _update(self, rate: float, loads: Loads) -> None:
+    def loss(self, batch: Batch, fields: Fields, lesson: Lesson | None, loads: Loads) -> Tensor:
+        """The loss of one micro-batch at one size; differentiable in the parent's weights."""
+        skeleton, cut = self.skeleton(fields)
+
+        def finish(hidden: Tensor, head: Tensor) -> Tensor:
+            labels = batch.input_ids[:, 1:][batch.targets[:, 1:]]
+            states = predicting(hidden, batch.targets)
+            return loss(states, head, labels, lesson, self.distil)
+
+        if not (self.balance.rate or self.balance.aux_loss):
+            return self.parts(skeleton, cut, finish, **batch.inputs)
+        gates = Loads()
+        with watched(skeleton, batch.mask, gates):
+            found = self.parts(skeleton, cut, finish, **batch.inputs)
+        for key, load in gates.counts.items():
+            loads.counts[key] = loads.counts.get(key, 0) + load
+        return found + self.balance.aux_loss * sum(gates.losses)
+
+    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Narrowed]:
+        """The skeleton and the cut of a size; the latest few are kept."""
+        key = repr(sorted(fields.items()))
+        if key not in self._skeletons:
+            layout = self.parts.layout
+            cut = Narrowed(layout, layout.sizes_of(fields))
+            self._skeletons[key] = self.parts.skeleton(fields), cut
+        self._skeletons.move_to_end(key)
+        if len(self._skeletons) > _SKELETONS:
+            self._skeletons.popitem(last=False)
+        return self._skeletons[key]
+
+    def _timed(self, batch: Batch, name: str) -> float:
+        self.skeleton(self.sizes[name])
+        start = time.perf_counter()
+        self._train_sizes(batch, [name], 1.0, 0, Gathered())
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def _train_sizes(
+        self, batch: Batch, names: Sequence[str], share: float, number: int, gathered: Gathered
+    ) -> None:
+        with self._autocast():
+            lesson = self.teacher.lesson(batch) if self.teacher else None
+        for name in names:
+            with self._autocast():
+                found = self.loss(batch, self.sizes[name], lesson, gathered.loads)
+            (found * (share / len(names))).backward()
+            gathered.add("losses", name, found.item(), number)
+        gathered.tokens += batch.tokens
+
+    def _train_router(self, batch: Batch, done: float, number: int, gathered: Gathered) -> None:
+        assert self.routing is not None and self.teacher is not None
+        with self._autocast():
+            lesson = self.teacher.lesson(batch)
+        found = self.routing.learn(batch, lesson, self.distil, done, number, self._autocast())
+        for name, value in found.items():
+            gathered.add("router", name, value, number)
+        gathered.tokens += batch.tokens
+
+    def _gradient_norm(self, gathered: Gathered) -> float:
+        """Clip the gradient and return its norm before that.
+
+        Raises:
+            DivergedError: naming what is not finite.
+        """
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)).item()
+        sizes = ", ".join(gathered.losses)
+        if not math.isfinite(norm) and not gathered.bad:
+            gathered.bad.append(f"gradient norm {norm} after sizes {sizes}")
+        if self.here.any(bool(gathered.bad)):
+            self.optimizer.zero_grad()
+            bad = [line for lines in self.here.gather(gathered.bad) for line in lines]
+            first = self.position.micro_batches
+            raise DivergedError(
+                f"step {self.position.step + 1} (from micro-batch {first}): {'; '.join(bad)}; "
+                "the state before it is kept"
+            )
+        return norm
+
+    def _update(self, rate: float, gathered: Gathered) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for (name, experts), load in loads.items():
-            balance_step(self.weights[name][:experts], load, self.settings.balance_rate)
+        if self.balance.rate:
+            for (name, experts), load in gathered.loads.counts.items():
+                if name in self.weights:
+                    bias = self.weights[name][:experts]
+                    balance_step(bias, self.here.total(load), self.balance.rate)
+        if self.routing is not None and gathered.router:
+            self.routing.update(self.here)
+            self.routing.settle(self.sizes)
 
-    def _skeleton(self, name: str) -> PreTrainedModel:
-        model = self.model.submodel(**self.model.sizes[name].config)
-        return stock.use_chunk_scan(model.train())
+    def _report(self, stage: int, rate: float, norm: float, gathered: Gathered) -> StepReport:
+        found = self.here.gather((dict(gathered.losses), dict(gathered.router)))
+        losses, router = [each[0] for each in found], [each[1] for each in found]
+        report = StepReport(
+            self.position.step,
+            stage,
+            means(losses),
+            rate,
+            norm,
+            self.position.tokens,
+            self.position.seconds,
+            counts(losses),
+            means(router),
+        )
+        for callback in self.callbacks:
+            callback.on_step_end(report)
+        return report
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {f"weight/{name}": tensor.detach() for name, tensor in self.weights.items()}
+        state |= optimizer.tensors(self.optimizer, self.weights)
+        return state | (self.routing.state() if self.routing else {})
+
+    def _stage_stream(self, number: int) -> Stream:
+        """The stream of a stage, where this run stands in it."""
+        if self._stream is None or self._stream[0] != number:
+            stream = self.streams(number)
+            entered = self.position.step - sum(
+                stage.length for stage in self.settings.stages[:number]
+            )
+            if entered > 0:
+                stream.seek(self.position.data)
+            self._stream = number, stream
+        return self._stream[1]
+
+    def _routes(self, micro_batch: int, done: float) -> bool:
+        group = micro_batch // self.settings.same_size
+        return self.routing is not None and self.routing.learns(group, done)
+
+    def _is_mine(self, number: int) -> bool:
+        return number % self.here.size == self.here.rank
 
     def _autocast(self) -> torch.autocast:
         enabled = self.settings.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=enabled)
 
-    @contextmanager
-    def _counted(self, size: str, batch: Batch, loads: Loads) -> Iterator[None]:
-        """Count the tokens each expert gets in one forward pass, if gates are to be balanced."""
-        hooks = []
-        real = batch.mask.flatten()
-        modules = self.skeletons[size].named_modules() if self.settings.balance_rate else ()
-        for module_name, module in modules:
-            if hasattr(module, "e_score_correction_bias"):
-                name = f"{module_name}.e_score_correction_bias"
-
-                def hook(
-                    gate: nn.Module, _: object, output: tuple[Tensor, ...], name: str = name
-                ) -> None:
-                    experts = cast(int, gate.num_experts)
-                    load = torch.bincount(output[2][real].flatten(), minlength=experts)
-                    loads[name, experts] = loads.get((name, experts), 0) + load
-
-                hooks.append(module.register_forward_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in hooks:
-                handle.remove()
-
-
-def learning_rate(settings: Optimise, step: int) -> float:
-    """Linear warm-up, then a cosine towards `min_lr_ratio` of the peak."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    low = settings.min_lr_ratio
-    return settings.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
+    def _check_processes(self) -> None:
+        """Processes share a step's micro-batches, and run the same sizes at the same time."""
+        size, settings = self.here.size, self.settings
+        for number, stage in enumerate(settings.stages):
+            if stage.accumulate % size:
+                where = f"train.stages.{number}.accumulate = {stage.accumulate}"
+                raise ValueError(f"{where}: with {size} processes it must be a multiple of {size}")
+        if settings.same_size % size:
+            where = f"train.same_size = {settings.same_size}"
+            raise ValueError(f"{where}: with {size} processes it must be a multiple of {size}")

@@ -1,0 +1,262 @@
+"""The router: a budget in, one choice per axis out, learned by distillation under masks.
+
+Flextron (arXiv 2406.10260) and Nemotron Elastic (arXiv 2511.16664, section 3.3): a small network
+per axis turns a budget into logits over that axis' choices; Gumbel-softmax (arXiv 1611.01144) draws
+a soft choice, whose mask the parent runs under, and whose *expected* cost is held to the budget.
+Budgets nobody trained for are blends of their two neighbours.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from star_elastic import latency
+from star_elastic.budget import Metric
+from star_elastic.folder import CheckpointError, one_line
+from star_elastic.layout import DEPTH, Layout, symbol_of
+from star_elastic.submodel import check_fields
+from star_elastic.train.recipe import Routing
+
+ROUTER = "router.safetensors"
+Probabilities = dict[str, Tensor]  # axis -> (layers or 1, choices), rows sum to 1
+
+
+class Router(nn.Module):
+    """Budgets are shares of the parent's cost under a metric, 1.0 for the parent itself."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        settings: Routing,
+        metric: Metric,
+        budgets: Sequence[float],
+        seed: int = 0,
+    ):
+        """Raises:
+        ValueError: an axis or a choice that this parent does not have.
+        """
+        super().__init__()
+        self.layout = layout
+        self.settings = settings
+        self.metric = metric
+        self.budgets = sorted(set(budgets), reverse=True)
+        if not self.budgets or not 0 < self.budgets[-1] <= self.budgets[0] <= 1:
+            raise ValueError(f"router: budgets {self.budgets} are no shares of the parent")
+        self.choices = {axis: _choices(layout, axis, settings.axes[axis]) for axis in settings.axes}
+        family = layout.family
+        experts, used = (self.choices.get(f or "", []) for f in (family.experts, family.top_k))
+        most_used = max(used, default=layout.sizes.get(family.top_k, 0))
+        if experts and experts[0] < most_used:
+            raise ValueError(
+                f"router.axes.{family.experts}: {experts[0]} is fewer than a token uses"
+            )
+        for axis in settings.per_layer:
+            if axis not in self.choices:
+                raise ValueError(f"router.per_layer: {axis!r} is not among router.axes")
+            check_fields(layout, {axis: [layout.sizes[axis]] * len(layout.blocks)})
+        self.whole = float(metric.cost(layout, layout.sizes))
+        draw = torch.Generator().manual_seed(seed)
+        self.networks = nn.ModuleDict(
+            {
+                axis: _network(len(self.budgets), settings.width, self._outputs(axis), draw)
+                for axis in self.choices
+            }
+        )
+
+    def encode(self, budget: float) -> Tensor:
+        """A budget as a one-hot of those trained, or the blend of its two neighbours."""
+        code = torch.zeros(len(self.budgets))
+        for position, trained in enumerate(self.budgets):
+            if budget >= trained:
+                above = self.budgets[max(0, position - 1)]
+                share = 0.0 if above == trained else min(1, (budget - trained) / (above - trained))
+                code[position] += 1 - share
+                code[max(0, position - 1)] += share
+                return code
+        code[-1] = 1.0
+        return code
+
+    def logits(self, budget: float) -> Probabilities:
+        """Unscaled logits per axis."""
+        code = self.encode(budget)
+        return {
+            axis: self.networks[axis](code).view(-1, len(choices))
+            for axis, choices in self.choices.items()
+        }
+
+    def draw(self, budget: float, done: float, generator: torch.Generator) -> Probabilities:
+        """A Gumbel-softmax draw; `done` (0 to 1) anneals temperature and scale of the logits.
+
+        In `settings.hard` of all draws the forward value is one-hot, its gradient the soft one's.
+        """
+        first, last = self.settings.temperature
+        temperature = first * (last / first) ** done
+        low, high = self.settings.scale
+        hard = torch.rand((), generator=generator).item() < self.settings.hard
+        found: Probabilities = {}
+        for axis, logits in self.logits(budget).items():
+            noise = -torch.empty(logits.shape).exponential_(generator=generator).log()
+            scaled = logits * (low + (high - low) * done) + noise
+            soft = F.softmax(scaled / temperature, -1)
+            found[axis] = _hardened(soft) if hard else soft
+        return found
+
+    @torch.no_grad()
+    def fields(self, budget: float) -> dict[str, int | list[int]]:
+        """The config fields chosen for a budget; those of the parent's own value are left out."""
+        fields: dict[str, int | list[int]] = {}
+        for axis, logits in self.logits(budget).items():
+            picked = [self.choices[axis][n] for n in logits.argmax(-1).tolist()]
+            if any(value != self.layout.sizes[axis] for value in picked):
+                fields[axis] = picked if axis in self.settings.per_layer else picked[0]
+        return fields
+
+    def expected(self, probabilities: Probabilities) -> dict[str, Any]:
+        """The sizes to expect of a draw, for `Layout.count` and its like; differentiable."""
+        sizes: dict[str, Any] = dict(self.layout.sizes)
+        for axis, choices in self.choices.items():
+            for symbol in {axis, symbol_of(self.layout.family, axis)}:
+                values = [float(self._units(axis, symbol, choice)) for choice in choices]
+                mean = probabilities[axis] @ torch.tensor(values)
+                sizes[symbol] = list(mean) if axis in self.settings.per_layer else mean[0]
+        if DEPTH in self.choices:
+            sizes["layer"] = list(self._kept_layers(probabilities[DEPTH]))
+        return sizes
+
+    def masks(self, probabilities: Probabilities) -> dict[str, Any]:
+        """The masks of a draw: M = sum over choices of probability * prefix (soft or one-hot)."""
+        masks: dict[str, Any] = {"layer": list(torch.ones(len(self.layout.blocks)))}
+        for axis, choices in self.choices.items():
+            if axis == DEPTH:
+                masks["layer"] = list(self._kept_layers(probabilities[axis]))
+                continue
+            symbol = symbol_of(self.layout.family, axis)
+            units = torch.arange(self.layout.sizes[symbol])
+            kept = torch.tensor([self._units(axis, symbol, choice) for choice in choices])
+            mask = probabilities[axis] @ (units < kept[:, None]).float()
+            masks[symbol] = list(mask) if axis in self.settings.per_layer else mask[0]
+        return masks
+
+    def budget_loss(self, probabilities: Probabilities, budget: float) -> Tensor:
+        """|expected cost / (budget * parent's cost) - 1|, nothing inside the dead zone.
+
+        Budget 1 has no dead zone and is anchored to the full size, so that there it is exact.
+        """
+        cost = self.metric.cost(self.layout, self.expected(probabilities))
+        miss = (cost / (budget * self.whole) - 1).abs()
+        if budget != 1.0:
+            return miss * (miss.detach() >= self.settings.dead_zone)
+        return miss + self.settings.anchor * sum(
+            F.mse_loss(
+                probs, F.one_hot(torch.tensor(len(choices) - 1), len(choices)).expand_as(probs)
+            )
+            for probs, choices in zip(probabilities.values(), self.choices.values(), strict=True)
+        )
+
+    def _outputs(self, axis: str) -> int:
+        layers = len(self.layout.blocks) if axis in self.settings.per_layer else 1
+        return layers * len(self.choices[axis])
+
+    def _units(self, axis: str, symbol: str, choice: int) -> int:
+        return self.layout.sizes_of({axis: choice})[symbol]
+
+    def _kept_layers(self, probabilities: Tensor) -> Tensor:
+        """The chance of each layer to be there, (layers,)."""
+        kept = [self.layout.sizes_of({DEPTH: choice})["layer"] for choice in self.choices[DEPTH]]
+        return probabilities[0] @ torch.tensor(kept).float()
+
+
+def _choices(layout: Layout, axis: str, choices: Sequence[int]) -> list[int]:
+    """Ascending, the parent's own value always among them."""
+    for choice in choices:
+        check_fields(layout, {axis: choice})
+    return sorted({*choices, layout.sizes[axis]})
+
+
+def _network(inputs: int, width: int, outputs: int, draw: torch.Generator) -> nn.Sequential:
+    first, second = nn.Linear(inputs, width, bias=False), nn.Linear(width, outputs, bias=False)
+    for layer in (first, second):
+        nn.init.normal_(layer.weight, std=0.1, generator=draw)
+    return nn.Sequential(first, nn.LeakyReLU(0.1), second)
+
+
+def _distance_to_full(probabilities: Tensor) -> Tensor:
+    full = torch.zeros_like(probabilities)
+    full[:, -1] = 1
+    return F.mse_loss(probabilities, full)
+
+
+def _hardened(soft: Tensor) -> Tensor:
+    """One-hot forward, the soft draw's gradient backward."""
+    picked = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return picked + soft - soft.detach()
+
+
+def warm_up(router: Router, seed: int) -> None:
+    """Learn the budgets alone: no model runs, and the first sizes are already affordable ones."""
+    optimizer = torch.optim.Adam(router.parameters(), lr=router.settings.learning_rate)
+    draw = torch.Generator().manual_seed(seed)
+    for update in range(router.settings.warmup):
+        budget = router.budgets[update % len(router.budgets)]
+        optimizer.zero_grad()
+        router.budget_loss(router.draw(budget, 0.0, draw), budget).backward()
+        optimizer.step()
+
+
+def metric_of(settings: Routing, layout: Layout) -> Metric:
+    """The metric that a recipe's budgets are shares of.
+
+    Raises:
+        ValueError: latency without a table, or a table that cannot be read.
+    """
+    table = None
+    if settings.metric == "latency":
+        if settings.latency_table is None:
+            raise ValueError("router.latency_table: the metric is latency, so it needs one")
+        table = latency.load(settings.latency_table, layout)
+    return Metric(kind=settings.metric, context=settings.context, batch=settings.batch, table=table)
+
+
+def save_router(router: Router, path: Path) -> None:
+    """Write a router: the networks, and in its metadata what they choose among."""
+    described = {
+        "settings": router.settings.model_dump_json(),
+        "metric": router.metric.model_dump_json(),
+        "budgets": json.dumps(router.budgets),
+        "layer_order": json.dumps(router.layout.layer_order),
+    }
+    tensors = {name: t.detach().contiguous() for name, t in router.state_dict().items()}
+    save_file(tensors, path, metadata=described)
+
+
+def load_router(path: Path, layout: Layout) -> Router:
+    """The router that lies beside a checkpoint's weights.
+
+    Raises:
+        CheckpointError: not a router, or one of another parent.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if json.loads(described["layer_order"]) != layout.layer_order:
+            raise ValueError("its layer_order is not the checkpoint's")
+        router = Router(
+            layout,
+            Routing.model_validate_json(described["settings"]),
+            Metric.model_validate_json(described["metric"]),
+            json.loads(described["budgets"]),
+        )
+        router.load_state_dict(tensors)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: no {error} in its metadata") from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: not the router of this parent: {one_line(error)}") from None
+    return router.eval()
