@@ -24,11 +24,11 @@ from demo.data import data_files
 from star_elastic import stock
 from star_elastic.budget import Metric, choices
 from star_elastic.evaluate import evaluate_size, mean
-from star_elastic.layout import DEPTH
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record, read_records
 from star_elastic.search import calibration_loss, interpolate, search
 from star_elastic.submodel import Fields
+from star_elastic.symbols import DEPTH
 from star_elastic.train.baselines import train_alone
 from star_elastic.train.recipe import Recipe, load_recipe
 from star_elastic.train.run import train
@@ -37,7 +37,7 @@ from star_elastic.train.sort import sorted_parent
 
 EXPERIMENTS = (
     *("nested", "single-middle", "single-small", "alone-full", "alone-middle", "alone-small"),
-    *("one-stage", "two-stage", "depth", "width", "random", "router", "search"),
+    *("one-stage", "two-stage", "depth", "width", "random", "router", "search", "between"),
 )
 SHARES = {"full": 1.0, "middle": 0.7, "small": 0.4}  # of the parent's active parameters
 AXES = {  # what the router and the search may choose among
@@ -47,7 +47,7 @@ AXES = {  # what the router and the search may choose among
     "mamba_num_heads": [4, 6, 8],
     "n_routed_experts": [4, 6, 8],
 }
-BETWEEN = [0.47, 0.53, 0.6, 0.65, 0.75, 0.8, 0.87, 0.95]
+BETWEEN = [0.42, 0.47, 0.51, 0.55, 0.6, 0.65, 0.75, 0.8, 0.87, 0.95]
 
 
 class Bench:
@@ -90,8 +90,9 @@ class Bench:
         for name, size in model.sizes.items():
             if only is None or name in only:
                 yield self.measured(model, name, size.config)
-        if not overrides:
+        if not overrides or "train.between" in overrides[0]:
             yield from self.between(model)
+        if not overrides:
             untrained = ElasticModel.from_pretrained(folder / "sorted")
             for name, size in untrained.sizes.items():
                 yield self.measured(untrained, f"sorted {name}", size.config, generate=False)
@@ -188,6 +189,10 @@ _OVERRIDES: Mapping[str, Any] = {
     "nested": lambda steps: [],
     "one-stage": lambda steps: ["train.stages.0.size_probs=null"],
     "two-stage": _two_stage,
+    "between": lambda steps: [
+        "train.between=0.4",
+        "multiple_of={hidden_size: 8, moe_intermediate_size: 8}",
+    ],
     "random": lambda steps: ["rank.order=random"],
     "router": lambda steps: [
         f"router={json.dumps({'axes': AXES, 'metric': 'active', 'every': 4, 'until': 0.5})}"

@@ -25,7 +25,7 @@ from star_elastic import stock
 from star_elastic.model import ElasticModel
 from star_elastic.records import Batch
 from star_elastic.submodel import Fields
-from star_elastic.train.parts import Parts
+from star_elastic.train.parts import Cut, Parts
 from star_elastic.train.recipe import Optimise, Stage
 from star_elastic.train.trainer import Trainer
 
@@ -44,16 +44,20 @@ class Multiplied:
 class MaskedTrainer(Trainer):
     """Runs every size as the masked parent."""
 
-    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Any]:
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.made: dict[str, tuple[PreTrainedModel, Cut]] = {}
+
+    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Cut]:
         """The full skeleton, whatever the size."""
         key = repr(fields)
-        if key not in self._skeletons:
+        if key not in self.made:
             layout = self.parts.layout
             masks = {name: torch.zeros_like(tensor) for name, tensor in self.weights.items()}
             for name, ones in masks.items():
                 layout.take(name, ones, layout.sizes_of(fields)).fill_(1)
-            self._skeletons[key] = self.parts.skeleton({}), Multiplied(masks)  # type: ignore
-        return self._skeletons[key]
+            self.made[key] = self.parts.skeleton({}), Multiplied(masks)
+        return self.made[key]
 
 
 class Fixed:

@@ -27,12 +27,13 @@ from bench.step_cost import step_cost
 from demo import report
 from demo.data import data_files
 from star_elastic import stock
-from star_elastic.checkpoint import Checkpoint, declare, slice_checkpoint
+from star_elastic.checkpoint import Checkpoint, declare
 from star_elastic.cli.progress import LiveLosses
 from star_elastic.cli.table import print_sizes, size_rows
 from star_elastic.evaluate import Quality, evaluate, with_quality
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record, read_records
+from star_elastic.slicing import slice_checkpoint
 from star_elastic.train.baselines import train_alone
 from star_elastic.train.recipe import Recipe, load_recipe
 from star_elastic.train.run import train

@@ -13,11 +13,12 @@ FILES = sorted(SRC.rglob("*.py"))
 LEVELS = [  # imports point to a lower line
     {"families"},
     {"shapes"},
+    {"symbols"},
     {"layout"},
     {"submodel", "scan", "conv", "records", "folder"},
     {"card", "stock", "sources"},
     {"checkpoint", "budget"},
-    {"model", "grid"},
+    {"model", "grid", "slicing"},
     {"rank", "evaluate", "latency"},
     {"search"},
     {"train"},  # training may rank and evaluate

@@ -11,9 +11,10 @@ from reference import cut
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from star_elastic.checkpoint import Checkpoint, declare, slice_checkpoint
+from star_elastic.checkpoint import Checkpoint, declare
 from star_elastic.folder import CheckpointError
 from star_elastic.model import ElasticModel
+from star_elastic.slicing import slice_checkpoint
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,9 +6,10 @@ import pytest
 from models import elastic, tiny
 
 from star_elastic import checkpoint
-from star_elastic.checkpoint import Checkpoint, slice_checkpoint
+from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import atomic_folder
 from star_elastic.layout import Layout
+from star_elastic.slicing import slice_checkpoint
 
 
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

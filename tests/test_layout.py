@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
 
-from star_elastic.layout import DEPTH, Layout
+from star_elastic.layout import Layout
 from star_elastic.shapes import take
+from star_elastic.symbols import DEPTH
 
 NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 _MAMBA = {"mamba_num_heads", "mamba_head_dim"}

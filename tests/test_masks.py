@@ -8,8 +8,8 @@ from models import CONFIGS, FAMILIES, ORDER, SMALL, elastic, logits, tiny, token
 from torch import Tensor
 
 from star_elastic import stock
-from star_elastic.layout import DEPTH
 from star_elastic.model import ElasticModel
+from star_elastic.symbols import DEPTH
 from star_elastic.train.masks import Masked, hard_masks, masked_skeleton
 from star_elastic.train.parts import Narrowed, Parts
 

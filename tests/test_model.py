@@ -22,8 +22,8 @@ from reference import cut
 from transformers import PreTrainedModel
 
 from star_elastic import stock
-from star_elastic.layout import DEPTH
 from star_elastic.model import ElasticModel
+from star_elastic.symbols import DEPTH
 
 BREAKS_GROUPS = [family for family in FAMILIES if family != "qwen3_moe"]
 

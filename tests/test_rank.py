@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from star_elastic import rank
-from star_elastic.layout import Layout, symbol_of
+from star_elastic.layout import Layout
+from star_elastic.symbols import symbol_of
 
 NORMS = ("layernorm", ".norm", "norm_f")  # not the query and key norms, nor the gated one
 MIXERS = [family for family in FAMILIES if family.startswith("nemotron_h")]

@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from star_elastic import checkpoint, rank
-from star_elastic.checkpoint import Checkpoint, slice_checkpoint
+from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import CheckpointError
-from star_elastic.layout import Layout, symbol_of
+from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel
 from star_elastic.rank.blocks import Blocks
+from star_elastic.slicing import slice_checkpoint
+from star_elastic.symbols import symbol_of
 
 
 def measured(family: str) -> tuple[Layout, rank.Raw]:

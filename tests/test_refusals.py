@@ -21,9 +21,10 @@ from folders import (
 )
 from safetensors.torch import load_file, save_file
 
-from star_elastic.checkpoint import Checkpoint, slice_checkpoint
+from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import CheckpointError
 from star_elastic.model import ElasticModel
+from star_elastic.slicing import slice_checkpoint
 
 
 def test_missing_tensor(folder: Path) -> None:

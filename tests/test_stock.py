@@ -24,10 +24,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from star_elastic import stock
-from star_elastic.checkpoint import Checkpoint, slice_checkpoint
-from star_elastic.layout import DEPTH, Layout
+from star_elastic.checkpoint import Checkpoint
+from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel
+from star_elastic.slicing import slice_checkpoint
 from star_elastic.submodel import ElasticSpace
+from star_elastic.symbols import DEPTH
 
 MIXERS = [family for family in FAMILIES if family.startswith("nemotron_h")]
 

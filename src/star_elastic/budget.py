@@ -16,9 +16,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from star_elastic.layout import DEPTH, Layout, symbol_of
+from star_elastic.layout import Layout
 from star_elastic.shapes import Sizes
 from star_elastic.submodel import Strict, check_fields
+from star_elastic.symbols import DEPTH, symbol_of
 
 Kind = Literal["params", "active", "memory", "latency"]
 _COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}

@@ -1,7 +1,7 @@
 """The elastic checkpoint: an ordinary Hugging Face folder plus `elastic_config` (docs/format.md).
 
 `Checkpoint.open` reads configs and headers only, and refuses a folder that lies; `write` makes a
-checkpoint out of a parent in memory; `slice_checkpoint` cuts a stock folder of one size out of it.
+checkpoint out of a parent in memory.
 """
 
 import math
@@ -36,10 +36,7 @@ from star_elastic.shapes import Sizes, at, take
 from star_elastic.submodel import (
     FORMAT_VERSION,
     ElasticSpace,
-    Fields,
     Submodel,
-    check_fields,
-    submodel,
 )
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -182,9 +179,7 @@ def write(
     tensors = ((name, layout.view(state, weight)) for name, weight in layout.stored.items())
     dtype = next(iter(state.values())).dtype
     shard = max_shard_size
-    write_stored(
-        target, tensors, layout, space, dtype, source, tokenizer, overwrite, shard, beside
-    )
+    write_stored(target, tensors, layout, space, dtype, source, tokenizer, overwrite, shard, beside)
 
 
 def write_stored(
@@ -214,7 +209,7 @@ def write_stored(
             (folder / "README.md").write_text(card.of_checkpoint(layout, space), "utf-8")
         write_json(folder / "config.json", values)
         if source is not None:
-            _copy_companions(source, folder)
+            copy_companions(source, folder)
         elif tokenizer is not None:
             tokenizer.save_pretrained(folder)
             GenerationConfig.from_model_config(layout.config).save_pretrained(folder)
@@ -234,42 +229,6 @@ def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
     (checkpoint.path / "README.md").write_text(
         card.of_checkpoint(checkpoint.layout, space), "utf-8"
     )
-
-
-def slice_checkpoint(
-    checkpoint: Checkpoint,
-    target: str | Path,
-    size: str | None = None,
-    fields: Fields | None = None,
-    overwrite: bool = False,
-    max_shard_size: int = 5 * 10**9,
-) -> Submodel:
-    """Cut one size out into a stock folder that loads without this package.
-
-    Exactly one of `size` (a name) and `fields` (config fields) says which.
-
-    Raises:
-        CheckpointError: no such size.
-        ValueError: a size this parent cannot hold, or that the stock class cannot express.
-        FileExistsError: the target exists and `overwrite` is false.
-    """
-    if (size is None) == (fields is None):
-        raise ValueError("slice: say either a size's name or config fields")
-    if Path(target).resolve() == checkpoint.path.resolve():
-        raise ValueError(f"slice: {target} is the checkpoint itself")
-    if size is not None:
-        cut = checkpoint.size(size)
-    else:
-        check_fields(checkpoint.layout, fields or {})
-        cut = submodel(checkpoint.layout, "custom", fields or {}, trained=False)
-    config = stock.child_config(checkpoint.layout, cut.config)
-    with atomic_folder(Path(target), overwrite) as folder:
-        child = checkpoint.layout.sizes_of(cut.config)
-        write_tensors(folder, checkpoint.tensors(child), max_shard_size)
-        write_json(folder / "config.json", stock.config_json(config))
-        (folder / "README.md").write_text(card.of_slice(checkpoint.path.name, cut), "utf-8")
-        _copy_companions(checkpoint.path, folder)
-    return cut
 
 
 def _local(path: str | Path) -> Path:
@@ -330,7 +289,8 @@ def _check_digests(folder: Path, space: ElasticSpace) -> None:
             raise CheckpointError(f"{path}: digest differs from elastic_config.digests")
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
+    """Tokenizer, generation config and licence go along with the weights."""
     for pattern in (*_KEPT, _GENERATION, "LICENSE*"):
         for path in source.glob(pattern):
             shutil.copy(path, target / path.name)

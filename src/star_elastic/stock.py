@@ -25,9 +25,10 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mi
 from transformers.utils import logging
 
 from star_elastic.conv import causal_conv1d_fn
-from star_elastic.layout import DEPTH, Layout, head_dim
+from star_elastic.layout import Layout
 from star_elastic.scan import chunk_scan
 from star_elastic.submodel import Fields, per_layer
+from star_elastic.symbols import DEPTH, head_dim
 
 _SMALLEST_STEP, _LARGEST_STEP = 1e-30, 3e38
 

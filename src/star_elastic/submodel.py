@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from star_elastic.layout import DEPTH, Layout
+from star_elastic.layout import Layout
 from star_elastic.shapes import at
+from star_elastic.symbols import DEPTH
 
 FORMAT_VERSION = 1
 Fields = Mapping[str, int | list[int]]  # config fields; a list has one value per parent's layer

@@ -23,7 +23,8 @@ def slice_(
     """Cut one size out of an elastic checkpoint, with no further training."""
     from star_elastic import card, stock
     from star_elastic.budget import parse_field
-    from star_elastic.checkpoint import Checkpoint, slice_checkpoint
+    from star_elastic.checkpoint import Checkpoint
+    from star_elastic.slicing import slice_checkpoint
 
     stock.quiet()
     console = Console(stderr=True)

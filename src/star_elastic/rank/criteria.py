@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from star_elastic.families import Probe
-from star_elastic.layout import DEPTH, Layout, symbol_of
+from star_elastic.layout import Layout
 from star_elastic.shapes import Segment, width
+from star_elastic.symbols import DEPTH, symbol_of
 
 # (layer, symbol) -> scores; the last dimension is ranked, the ones before it are groups.
 Scores = dict[tuple[int | None, str], Tensor]

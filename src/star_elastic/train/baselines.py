@@ -10,11 +10,11 @@ from star_elastic.evaluate import Quality, evaluate_size
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record
 from star_elastic.submodel import Fields
-from star_elastic.train.recipe import Balance, Recipe
 from star_elastic.train.callbacks import Callback
 from star_elastic.train.parts import Parts
-from star_elastic.train.sort import sorted_parent
+from star_elastic.train.recipe import Balance, Recipe
 from star_elastic.train.run import streams
+from star_elastic.train.sort import sorted_parent
 from star_elastic.train.trainer import Trainer
 
 

@@ -2,10 +2,13 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from star_elastic.submodel import Fields
 from star_elastic.train.recipe import Optimise, Stage
+
+BETWEEN = "between"  # stands for the sizes that have no name
 
 
 @dataclass(frozen=True)
@@ -35,19 +38,42 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def drawn(settings: Optimise, stage: Stage, names: Sequence[str], micro_batch: int) -> list[str]:
+def drawn(
+    settings: Optimise, stage: Stage, sizes: Mapping[str, Fields], between: Sequence[Fields], n: int
+) -> dict[str, Fields]:
     """The sizes that learn from the n-th micro-batch: distinct, by the stage's probabilities.
+
+    Some draws (`settings.between`) land on a size between the named ones instead.
 
     A function of the seed and the position, so that a resume, and any number of processes, draw
     alike; `same_size` micro-batches in a row share a draw.
     """
-    group = micro_batch // settings.same_size
-    draw = random.Random(f"size/{settings.seed}/{group}")
-    probs = stage.size_probs or dict.fromkeys(names, 1.0)
-    weights = {name: probs.get(name, 0.0) for name in names}
-    found: list[str] = []
-    for _ in range(settings.sizes_per_batch):
-        left = {name: weight for name, weight in weights.items() if weight and name not in found}
-        if left:
-            found += draw.choices(list(left), list(left.values()))
+    draw = random.Random(f"size/{settings.seed}/{n // settings.same_size}")
+    probs = stage.size_probs or dict.fromkeys(sizes, 1.0)
+    left = {name: probs[name] for name in sizes if probs.get(name)}
+    found: dict[str, Fields] = {}
+    for _ in range(min(settings.sizes_per_batch, len(left))):
+        (name,) = draw.choices(list(left), list(left.values()))
+        del left[name]
+        found[name] = sizes[name]
+    if between and draw.random() < settings.between:
+        found.pop(list(found)[-1])
+        found[BETWEEN] = draw.choice(between)
     return found
+
+
+def check_processes(settings: Optimise, processes: int) -> None:
+    """Processes share a step's micro-batches, and run the same sizes at the same time.
+
+    Raises:
+        ValueError: naming the key that is no multiple of their number.
+    """
+    counts = {"same_size": settings.same_size}
+    for number, stage in enumerate(settings.stages):
+        counts[f"stages.{number}.accumulate"] = stage.accumulate
+    for key, count in counts.items():
+        if count % processes:
+            raise ValueError(
+                f"train.{key} = {count}: with {processes} processes it must be a multiple of "
+                f"{processes}"
+            )

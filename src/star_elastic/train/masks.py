@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from star_elastic import stock
-from star_elastic.layout import DEPTH, Layout, Weight, symbol_of
+from star_elastic.layout import Layout, Weight
 from star_elastic.shapes import Dim, at, width
+from star_elastic.symbols import DEPTH, symbol_of
 
 # symbol -> one number a unit, (units,); a list holds one such tensor per layer of the parent.
 # `layer` has one number per layer, `top_k` one per expert a token uses, best first.

@@ -5,6 +5,7 @@ parts. A part narrows (or masks) its own tensors inside its own `forward` and ca
 with them. The size is an argument of the call: two sizes may run at once.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,6 +144,27 @@ class Parts(nn.Module):
             prefix = self.layout.family.layer_prefix.format(layer=layer)
             layers[position] = HandOver(layers[position], self.layers[layer], prefix, layer)
         return model.train()
+
+
+class Skeletons:
+    """Skeletons of sizes that run again and again; the latest few are kept."""
+
+    def __init__(self, parts: Parts, kept: int = 32):
+        self.parts = parts
+        self.kept = kept
+        self._made: OrderedDict[str, tuple[PreTrainedModel, Narrowed]] = OrderedDict()
+
+    def of(self, fields: Fields) -> tuple[PreTrainedModel, Narrowed]:
+        """The skeleton of a size, and the cut that goes with it."""
+        key = repr(sorted(fields.items()))
+        if key not in self._made:
+            layout = self.parts.layout
+            cut = Narrowed(layout, layout.sizes_of(fields))
+            self._made[key] = self.parts.skeleton(fields), cut
+        self._made.move_to_end(key)
+        if len(self._made) > self.kept:
+            self._made.popitem(last=False)
+        return self._made[key]
 
 
 class HandOver(nn.Module):

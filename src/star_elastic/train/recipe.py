@@ -127,6 +127,8 @@ class Optimise(Strict):
     stages: list[Stage] = Field(min_length=1)
     sizes_per_batch: int = Field(default=1, ge=1)  # sizes that learn from one micro-batch
     same_size: int = Field(default=1, ge=1)  # micro-batches in a row that share a draw of sizes
+    between: float = Field(default=0.0, ge=0, lt=1)  # share of draws at sizes between the named
+    rungs: int = Field(default=6, ge=1)  # how many of those, evenly spaced in active parameters
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)  # norm of the whole gradient

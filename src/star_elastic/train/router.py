@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from star_elastic import latency
 from star_elastic.budget import Metric
 from star_elastic.folder import CheckpointError, one_line
-from star_elastic.layout import DEPTH, Layout, symbol_of
+from star_elastic.layout import Layout
 from star_elastic.submodel import check_fields
+from star_elastic.symbols import DEPTH, symbol_of
 from star_elastic.train.recipe import Routing
 
 ROUTER = "router.safetensors"

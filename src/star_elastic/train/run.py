@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig
 
 from star_elastic import checkpoint, stock
@@ -124,7 +125,7 @@ class _Run:
     def _prepare(self) -> tuple[Trainer, dict[str, torch.dtype], Any]:
         if self.recipe.init is not None:
             model = make_parent(self.recipe)
-            model.parent.to(self.here.device)
+            nn.Module.to(model.parent, self.here.device)
             parts = Parts(model.layout, model.state)
             sizes: dict[str, Fields] = {"full": {}}
             trainer = self._trainer(parts, sizes, model.tokenizer)
@@ -187,6 +188,7 @@ class _Run:
             routing,
             States(self.out / STATE, self.here),
             self.here,
+            multiple_of=self.recipe.multiple_of,
         )
 
     def _tell(self, layout: Layout, trainer: Trainer) -> None:

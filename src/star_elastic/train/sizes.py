@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 
 from star_elastic import stock
+from star_elastic.budget import Metric
 from star_elastic.layout import Layout
+from star_elastic.search import interpolate
+from star_elastic.submodel import Fields
 from star_elastic.train.recipe import Recipe, RecipeError
 
 _ALIGN = 8  # widths that nobody aligned otherwise stay multiples of this
@@ -28,6 +31,26 @@ def named_sizes(layout: Layout, recipe: Recipe) -> dict[str, dict[str, int | lis
         else:
             sizes[name] = {**by_fraction(layout, size, recipe.multiple_of, f"sizes.{name}")}
     return sizes
+
+
+def rungs(
+    layout: Layout, sizes: Mapping[str, Fields], count: int, multiple_of: Mapping[str, int]
+) -> list[Fields]:
+    """Sizes between the named ones, evenly spaced in active parameters: no named one, none twice.
+
+    Trained now and then, they keep the curve from the smallest to the largest size without a cliff
+    (sizes sampled at random: MatFormer, arXiv 2310.07707).
+    """
+    metric = Metric(kind="active")
+    costs = [layout.count_active(layout.sizes_of(fields)) for fields in sizes.values()]
+    low, high = min(costs), max(costs)
+    found: list[Fields] = []
+    for n in range(count):
+        budget = low + (n + 1) / (count + 1) * (high - low)
+        fields = interpolate(layout, sizes, metric, budget, multiple_of)
+        if fields not in (*sizes.values(), *found):
+            found.append(fields)
+    return found
 
 
 def by_fraction(

@@ -7,7 +7,6 @@ and then a micro-batch trains the router instead, on the parent under masks.
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -23,14 +22,13 @@ from star_elastic.train.data import Stream
 from star_elastic.train.distillation import Lesson, loss, predicting
 from star_elastic.train.distributed import World, whole
 from star_elastic.train.interrupt import Interrupted, stop_requests
-from star_elastic.train.parts import Narrowed, Parts
+from star_elastic.train.parts import Cut, Parts, Skeletons
 from star_elastic.train.recipe import Balance, Distil, Optimise
 from star_elastic.train.report import Gathered, StepReport, counts, means
 from star_elastic.train.routing import RouterTraining
+from star_elastic.train.sizes import rungs
 from star_elastic.train.state import Position, States
 from star_elastic.train.teacher import Teacher
-
-_SKELETONS = 32  # sizes whose skeletons are kept; a router may change its mind
 
 
 class DivergedError(ValueError):
@@ -57,6 +55,7 @@ class Trainer:
         states: States | None = None,
         here: World | None = None,
         callbacks: Sequence[Callback] = (),
+        multiple_of: Mapping[str, int] | None = None,
     ):
         self.parts = parts
         self.sizes = dict(sizes)
@@ -82,9 +81,11 @@ class Trainer:
             settings.betas,
             settings.weight_decay,
         )
-        self._skeletons: OrderedDict[str, tuple[PreTrainedModel, Narrowed]] = OrderedDict()
+        self.skeletons = Skeletons(parts)
+        self.multiple_of = dict(multiple_of or {})
         self._stream: tuple[int, Stream] | None = None
-        self._check_processes()
+        self._between: tuple[str, list[Fields]] | None = None
+        curriculum.check_processes(settings, self.here.size)
 
     def resume(self) -> bool:
         """Go on from the newest saved state, if there is one."""
@@ -151,14 +152,14 @@ class Trainer:
         share = self.here.size / max(1, count - sum(routed))
         for number, batch in enumerate(stream.take(count, self._is_mine)):
             if batch is not None:
-                names = curriculum.drawn(
-                    self.settings, place.stage, list(self.sizes), first + number
-                )
                 batch = batch.to(self.here.device)
                 if routed[number]:
                     self._train_router(batch, done, first + number, gathered)
                 else:
-                    self._train_sizes(batch, names, share, first + number, gathered)
+                    drawn = curriculum.drawn(
+                        self.settings, place.stage, self.sizes, self._rungs(), first + number
+                    )
+                    self._train_sizes(batch, drawn, share, first + number, gathered)
         rate = curriculum.learning_rate(place.stage, place.step)
         norm = self._gradient_norm(gathered)
         self._update(rate, gathered)
@@ -190,34 +191,31 @@ class Trainer:
             loads.counts[key] = loads.counts.get(key, 0) + load
         return found + self.balance.aux_loss * sum(gates.losses)
 
-    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Narrowed]:
-        """The skeleton and the cut of a size; the latest few are kept."""
-        key = repr(sorted(fields.items()))
-        if key not in self._skeletons:
-            layout = self.parts.layout
-            cut = Narrowed(layout, layout.sizes_of(fields))
-            self._skeletons[key] = self.parts.skeleton(fields), cut
-        self._skeletons.move_to_end(key)
-        if len(self._skeletons) > _SKELETONS:
-            self._skeletons.popitem(last=False)
-        return self._skeletons[key]
+    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Cut]:
+        """The stock model of a size on `meta`, and how the parent's tensors are cut for it."""
+        return self.skeletons.of(fields)
 
     def _timed(self, batch: Batch, name: str) -> float:
         self.skeleton(self.sizes[name])
         start = time.perf_counter()
-        self._train_sizes(batch, [name], 1.0, 0, Gathered())
+        self._train_sizes(batch, {name: self.sizes[name]}, 1.0, 0, Gathered())
         self.optimizer.zero_grad()
         return time.perf_counter() - start
 
     def _train_sizes(
-        self, batch: Batch, names: Sequence[str], share: float, number: int, gathered: Gathered
+        self,
+        batch: Batch,
+        sizes: Mapping[str, Fields],
+        share: float,
+        number: int,
+        gathered: Gathered,
     ) -> None:
         with self._autocast():
             lesson = self.teacher.lesson(batch) if self.teacher else None
-        for name in names:
+        for name, fields in sizes.items():
             with self._autocast():
-                found = self.loss(batch, self.sizes[name], lesson, gathered.loads)
-            (found * (share / len(names))).backward()
+                found = self.loss(batch, fields, lesson, gathered.loads)
+            (found * (share / len(sizes))).backward()
             gathered.add("losses", name, found.item(), number)
         gathered.tokens += batch.tokens
 
@@ -299,6 +297,16 @@ class Trainer:
             self._stream = number, stream
         return self._stream[1]
 
+    def _rungs(self) -> Sequence[Fields]:
+        """The sizes between the named ones that are trained now and then."""
+        if not self.settings.between:
+            return ()
+        key = repr(self.sizes)
+        if self._between is None or self._between[0] != key:
+            found = rungs(self.parts.layout, self.sizes, self.settings.rungs, self.multiple_of)
+            self._between = key, found
+        return self._between[1]
+
     def _routes(self, micro_batch: int, done: float) -> bool:
         group = micro_batch // self.settings.same_size
         return self.routing is not None and self.routing.learns(group, done)
@@ -309,14 +317,3 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         enabled = self.settings.dtype == "bfloat16"
         return torch.autocast(self.here.device.type, torch.bfloat16, enabled=enabled)
-
-    def _check_processes(self) -> None:
-        """Processes share a step's micro-batches, and run the same sizes at the same time."""
-        size, settings = self.here.size, self.settings
-        for number, stage in enumerate(settings.stages):
-            if stage.accumulate % size:
-                where = f"train.stages.{number}.accumulate = {stage.accumulate}"
-                raise ValueError(f"{where}: with {size} processes it must be a multiple of {size}")
-        if settings.same_size % size:
-            where = f"train.same_size = {settings.same_size}"
-            raise ValueError(f"{where}: with {size} processes it must be a multiple of {size}")
