@@ -26,6 +26,7 @@ from star_elastic import stock
 from star_elastic.budget import Metric
 from star_elastic.model import ElasticModel
 from star_elastic.submodel import Fields
+from star_elastic.train.distributed import World
 from star_elastic.train.parts import Parts
 from star_elastic.train.recipe import Optimise, Routing, Stage
 from star_elastic.train.router import Router, warm_up
@@ -68,7 +69,8 @@ def trainer(
     streams: Any = lambda number: Fixed(batch)  # noqa: E731
     stage = Stage(steps=10**6, sequence_length=length, rows=rows)
     taught = Teacher(Parts(teacher.layout, teacher.state))
-    return Trainer(parts, sizes, Optimise(stages=[stage]), streams, taught, routing=routing)
+    here, settings = World(device=torch.device(device)), Optimise(stages=[stage])
+    return Trainer(parts, sizes, settings, streams, taught, routing=routing, here=here)
 
 
 def step_seconds(each: Trainer, seconds: Mapping[str, list[float]]) -> None:
@@ -107,7 +109,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds": found,
         "over_plain": {name: value / found[PLAIN] for name, value in found.items()},
         "by_size": {n: {s: median(v) for s, v in t.items()} for n, t in seconds.items()},
-        "full_active": None,
     }
 
 

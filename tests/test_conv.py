@@ -101,7 +101,7 @@ def test_packed_documents_are_learned_as_if_alone(family: str, every: bool) -> N
     for name, expected in gradients(model, total).items():
         scale = 1 + expected.abs().max()
         torch.testing.assert_close(
-            packed[name] / scale, expected / scale, atol=1e-5, rtol=1e-4, msg=name
+            packed[name] / scale, expected / scale, atol=5e-5, rtol=1e-4, msg=name
         )
 
 

@@ -12,7 +12,7 @@ from star_elastic import rank, stock
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record
 from star_elastic.train.recipe import Recipe
-from star_elastic.train.sort import calibration, sorted_parent
+from star_elastic.train.sort import calibration, sorted_parent, write_sorted
 
 WIDTHS = {field: n for field, n in SMALL["nemotron_h"].items() if field != "num_hidden_layers"}
 
@@ -53,6 +53,20 @@ def test_the_sorted_parent_declares_its_sizes_and_says_the_same(folder: Path) ->
         model.state["model.norm_f.weight"], before.model.norm_f.weight
     )  # something moved
     assert {type(m) for m in model.parent.modules()} == {type(m) for m in before.modules()}
+
+
+@pytest.mark.parametrize("one_block", [False, True])
+def test_the_folder_is_the_sorted_parent_with_its_scores(
+    folder: Path, one_block: bool, tmp_path: Path
+) -> None:
+    plan = recipe(folder, rank={"samples": 8, "depth": True, "one_block": one_block})
+    write_sorted(plan, tmp_path / "sorted")
+    expected, found = sorted_parent(plan), ElasticModel.from_pretrained(tmp_path / "sorted")
+    same(found.state, expected.state)
+    assert found.space.model_copy(update={"digests": {}}) == expected.space
+    assert found.tokenizer is not None
+    raw = rank.load_scores(tmp_path / "sorted" / rank.SCORES, expected.layout)
+    assert raw.samples == 8 and raw.depth is not None
 
 
 @pytest.mark.parametrize("depth", [False, True])

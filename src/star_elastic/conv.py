@@ -1,12 +1,13 @@
 """The Mamba mixers' causal convolution for packed rows, for devices without the fused kernel.
 
-The stock function knows no documents. Here those of a row are set apart by as many zeros as the
-kernel looks back, which is what each would see if it stood alone; the stock function does the rest.
+The stock function knows no documents. Here each tap of the kernel is a shifted product in which
+tokens of another document count as the zeros they would be if the document stood alone.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.activations import ACT2FN
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 
@@ -25,7 +26,7 @@ def causal_conv1d_fn(
         weight: (channels, kernel).
         bias: (channels,).
         activation: name of a function applied to the result.
-        seq_idx: (batch, length), the document of each token; neighbours of unlike number are apart.
+        seq_idx: (batch, length), the document of each token, each a run of equal numbers.
 
     Returns:
         (batch, channels, length).
@@ -34,21 +35,10 @@ def causal_conv1d_fn(
         return modeling_nemotron_h.causal_conv1d_fn(
             hidden_states, weight, bias, activation=activation
         )
-    batch, channels, length = hidden_states.shape
-    place, width = _places(seq_idx, gap=weight.shape[-1] - 1)
-    rows = hidden_states.transpose(1, 2).reshape(batch * length, channels)
-    apart = rows.new_zeros(batch * width, channels).index_copy(0, place, rows)
-    apart = apart.view(batch, width, channels).transpose(1, 2)
-    out = modeling_nemotron_h.causal_conv1d_fn(apart, weight, bias, activation=activation)
-    out = out.transpose(1, 2).reshape(batch * width, channels).index_select(0, place)
-    return out.view(batch, length, channels).transpose(1, 2)
-
-
-def _places(seq_idx: Tensor, gap: int) -> tuple[Tensor, int]:
-    """Where each token goes when documents stand `gap` apart, (batch * length,), in wider rows."""
-    batch, length = seq_idx.shape
-    before = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).cumsum(1)
-    width = length + gap * int(before.max())
-    row = torch.arange(batch, device=seq_idx.device)[:, None] * width
-    place = row + torch.arange(length, device=seq_idx.device) + gap * before
-    return place.flatten(), width
+    x_blc, kernel = hidden_states.transpose(1, 2), weight.shape[1]
+    y_blc = x_blc * weight[:, -1] if bias is None else torch.addcmul(bias, x_blc, weight[:, -1])
+    for back in range(1, min(kernel, x_blc.shape[1])):
+        same = (seq_idx[:, back:] == seq_idx[:, :-back])[..., None]
+        past = x_blc[:, :-back] * same * weight[:, -1 - back]
+        y_blc = y_blc + F.pad(past, (0, 0, back, 0))
+    return (y_blc if activation is None else ACT2FN[activation](y_blc)).transpose(1, 2)

@@ -14,18 +14,23 @@ from star_elastic.train.parts import HandOver
 
 @dataclass
 class Loads:
-    """What gates did in one pass: tokens per expert, and the auxiliary loss of each gate.
+    """What gates did in one pass: tokens per expert; logits and picks of real tokens, per gate.
 
     `counts` is by (parent's bias, experts of the size that ran): a small size has fewer experts.
     """
 
     counts: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)
+    gates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, name: str, picked: Tensor, experts: int) -> None:
         """Count the tokens that went to each expert."""
         load = torch.bincount(picked.flatten(), minlength=experts)
         self.counts[name, experts] = self.counts.get((name, experts), 0) + load
+
+    def aux_loss(self, real: Tensor) -> Tensor | float:
+        """The sum over gates of `aux_loss`, on real tokens (batch, length)."""
+        real = real.flatten()
+        return sum(aux_loss(logits[real], picked[real]) for logits, picked in self.gates)
 
 
 @contextmanager
@@ -75,6 +80,8 @@ def _hook(gate_name: str, real: Tensor, loads: Loads) -> Any:
     def hook(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits, _, picked = output
         loads.add(f"{gate_name}.e_score_correction_bias", picked[real], logits.shape[-1])
-        loads.losses.append(aux_loss(logits[real], picked[real]))
+        # kept as they are: what saves for backward in here would be missing in a block that is
+        # computed again, when this hook is gone
+        loads.gates.append((logits, picked))
 
     return hook

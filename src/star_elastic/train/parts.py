@@ -138,7 +138,9 @@ class Parts(nn.Module):
 
     def connect(self, model: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
         """Replace the layers of a model on `meta` by hand-overs to the parent's `kept` parts."""
-        stock.fill_constants(model)
+        first = next(iter(self.tensors().values()))
+        with torch.device(self.outside.device or first.device):
+            stock.fill_constants(model)
         layers = stock.layers_of(model)
         for position, layer in enumerate(kept):
             prefix = self.layout.family.layer_prefix.format(layer=layer)

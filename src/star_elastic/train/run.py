@@ -30,7 +30,7 @@ from star_elastic.train.recipe import Recipe
 from star_elastic.train.router import ROUTER, Router, metric_of, save_router, warm_up
 from star_elastic.train.routing import RouterTraining
 from star_elastic.train.sizes import named_sizes
-from star_elastic.train.sort import sorted_parent
+from star_elastic.train.sort import write_sorted
 from star_elastic.train.state import States
 from star_elastic.train.teacher import Teacher
 from star_elastic.train.trainer import Trainer
@@ -146,7 +146,7 @@ class _Run:
         folder = self.out / SORTED
         if self.here.is_first and not folder.is_dir():
             self.say("ranking and reordering the parent")
-            sorted_parent(self.recipe).save_pretrained(folder)
+            write_sorted(self.recipe, folder)
         self.here.wait()
         return Checkpoint.open(folder, check_digests=self.here.is_first)
 

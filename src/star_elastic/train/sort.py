@@ -1,10 +1,12 @@
 """The parent in nested order: ranked on a calibration sample, reordered, its sizes declared."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from star_elastic import rank, stock
-from star_elastic.checkpoint import Checkpoint
+from star_elastic.checkpoint import Checkpoint, declare
 from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel, load_tokenizer
 from star_elastic.rank.blocks import CalibrationBatch
@@ -13,13 +15,21 @@ from star_elastic.submodel import ElasticSpace
 from star_elastic.train.recipe import Recipe
 from star_elastic.train.sizes import named_sizes
 
-_Ranked = tuple[rank.Order, list[int] | None]
+
+@dataclass(frozen=True)
+class Ranked:
+    """What ranking found: the order of units and of layers, and the raw sums it rests on."""
+
+    orders: rank.Order
+    layers: list[int] | None
+    raw: rank.Raw | None
 
 
-def sorted_parent(recipe: Recipe) -> ElasticModel:
-    """The recipe's parent, reordered and not trained: teacher of the run, and its baseline.
+def write_sorted(recipe: Recipe, folder: Path) -> None:
+    """Rank the recipe's parent and write it in nested order, with its scores, sizes declared.
 
-    With `rank.one_block` the pass over the data holds one block of it at a time.
+    Tensors are reordered one at a time; with `rank.one_block` the calibration pass too holds one
+    block of the parent at a time.
 
     Raises:
         CheckpointError: a parent that cannot be trusted.
@@ -27,17 +37,27 @@ def sorted_parent(recipe: Recipe) -> ElasticModel:
     """
     opened = Checkpoint.open(str(recipe.parent))
     _space(recipe, opened.layout)  # sizes that cannot be are told before the long pass
-    if recipe.rank.one_block:
-        blocks = rank.Blocks.fetched(opened)
-        stock.use_chunk_scan(blocks.model)
-        orders, layers = _ranked(recipe, blocks, load_tokenizer(opened.path))
-        model = ElasticModel.from_pretrained(opened.path, check_digests=False)
-    else:
-        model = ElasticModel.from_pretrained(opened.path, check_digests=False)
-        blocks = rank.Blocks(stock.use_chunk_scan(model.submodel()))  # a view: the parent is stock
-        orders, layers = _ranked(recipe, blocks, model.tokenizer)
-    rank.reorder(model.parent, orders)
-    model.layout = Layout(model.parent.config, layers or opened.layout.layer_order)
+    ranked = _ranked(recipe, _blocks(recipe, opened), load_tokenizer(opened.path))
+    rank.reorder_checkpoint(opened, ranked.orders, ranked.layers, folder)
+    if ranked.raw is not None:
+        rank.save_scores(folder / rank.SCORES, ranked.raw)
+    written = Checkpoint.open(folder, check_digests=False)
+    declare(written, _space(recipe, written.layout))
+
+
+def sorted_parent(recipe: Recipe) -> ElasticModel:
+    """The same in memory: the parent, reordered and not trained.
+
+    Raises:
+        CheckpointError: a parent that cannot be trusted.
+        ValueError: sizes that this parent cannot hold.
+    """
+    opened = Checkpoint.open(str(recipe.parent))
+    _space(recipe, opened.layout)
+    ranked = _ranked(recipe, _blocks(recipe, opened), load_tokenizer(opened.path))
+    model = ElasticModel.from_pretrained(opened.path, check_digests=False)
+    rank.reorder(model.parent, ranked.orders)
+    model.layout = Layout(model.parent.config, ranked.layers or opened.layout.layer_order)
     model.space = _space(recipe, model.layout)
     return model
 
@@ -58,18 +78,29 @@ def calibration(recipe: Recipe, tokenizer: Any) -> list[CalibrationBatch]:
     return batches
 
 
-def _ranked(recipe: Recipe, blocks: rank.Blocks, tokenizer: Any) -> _Ranked:
-    """The order of the units, and that of the layers if the recipe wants one."""
+def _blocks(recipe: Recipe, opened: Checkpoint) -> rank.Blocks:
+    if recipe.rank.one_block:
+        blocks = rank.Blocks.fetched(opened)
+    else:
+        parent = ElasticModel.from_pretrained(opened.path, check_digests=False)
+        blocks = rank.Blocks(parent.parent)
+    stock.use_chunk_scan(blocks.model)
+    return blocks
+
+
+def _ranked(recipe: Recipe, blocks: rank.Blocks, tokenizer: Any) -> Ranked:
     plan, layout = recipe.rank, blocks.layout
     if plan.order == "random":
         orders, layers = rank.random_order(layout, recipe.train.seed)
-        return orders, layers if plan.depth else None
+        return Ranked(orders, layers if plan.depth else None, None)
     batches = calibration(recipe, tokenizer)
-    scores = rank.scores_of(layout, rank.measure(blocks, batches), _fewest_channels(recipe))
+    raw = rank.measure(blocks, batches)
+    orders = rank.order(rank.scores_of(layout, raw, _fewest_channels(recipe)))
     if not plan.depth:
-        return rank.order(scores), None
+        return Ranked(orders, None, raw)
     errors = rank.layer_errors(blocks, batches, plan.min_layers)
-    return rank.order(scores), rank.layer_order(layout, errors, plan.min_layers)
+    layers = rank.layer_order(layout, errors, plan.min_layers)
+    return Ranked(orders, layers, replace(raw, depth=errors))
 
 
 def _fewest_channels(recipe: Recipe) -> Mapping[str, int]:

@@ -80,6 +80,9 @@ class States:
 
     def load(self, tensors: Mapping[str, Tensor]) -> Position | None:
         """Restore the newest whole state into these very tensors; None if there is none."""
+        if self.here.is_first:  # what a kill left behind
+            for partial in self.folder.glob("step-*.partial"):
+                shutil.rmtree(partial)
         states = self._whole()
         if not states:
             return None

@@ -189,7 +189,9 @@ class Trainer:
             found = self.parts(skeleton, cut, finish, **batch.inputs)
         for key, load in gates.counts.items():
             loads.counts[key] = loads.counts.get(key, 0) + load
-        return found + self.balance.aux_loss * sum(gates.losses)
+        if self.balance.aux_loss:
+            found = found + self.balance.aux_loss * gates.aux_loss(batch.mask)
+        return found
 
     def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Cut]:
         """The stock model of a size on `meta`, and how the parent's tensors are cut for it."""
