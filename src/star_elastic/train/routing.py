@@ -49,12 +49,14 @@ class RouterTraining:
         distil: Distil,
         done: float,
         micro_batch: int,
+        share: float,
         precision: AbstractContextManager[Any],
     ) -> dict[str, float]:
         """Gradients from one micro-batch at one budget; the losses, by kind.
 
         Args:
-            done: share of the run behind; precision: what the parent runs under (autocast).
+            done: share of the run behind; share: this micro-batch's weight in the step.
+            precision: what the parent runs under (autocast).
         """
         draw = random.Random(f"router/{self.seed}/{micro_batch}")
         name = draw.choice(list(self.budgets))
@@ -71,7 +73,7 @@ class RouterTraining:
         with precision:
             kl = self.parts(self.skeleton, cut, finish, **batch.inputs)
         miss = self.router.budget_loss(probabilities, budget)
-        (kl.to(miss.device) + self.router.settings.weight * miss).backward()
+        (share * (kl.to(miss.device) + self.router.settings.weight * miss)).backward()
         return {f"{name}/loss": kl.item(), f"{name}/budget": miss.item()}
 
     def update(self, here: World) -> None:

@@ -149,17 +149,17 @@ class Trainer:
         done = self.position.step / self.settings.steps
         routed = [self._routes(first + n, done) for n in range(count)]
         gathered = Gathered()
-        share = self.here.size / max(1, count - sum(routed))
+        shares = [self.here.size / max(1, n) for n in (count - sum(routed), sum(routed))]
         for number, batch in enumerate(stream.take(count, self._is_mine)):
             if batch is not None:
                 batch = batch.to(self.here.device)
                 if routed[number]:
-                    self._train_router(batch, done, first + number, gathered)
+                    self._train_router(batch, done, first + number, shares[1], gathered)
                 else:
                     drawn = curriculum.drawn(
                         self.settings, place.stage, self.sizes, self._rungs(), first + number
                     )
-                    self._train_sizes(batch, drawn, share, first + number, gathered)
+                    self._train_sizes(batch, drawn, shares[0], first + number, gathered)
         rate = curriculum.learning_rate(place.stage, place.step)
         norm = self._gradient_norm(gathered)
         self._update(rate, gathered)
@@ -221,11 +221,15 @@ class Trainer:
             gathered.add("losses", name, found.item(), number)
         gathered.tokens += batch.tokens
 
-    def _train_router(self, batch: Batch, done: float, number: int, gathered: Gathered) -> None:
+    def _train_router(
+        self, batch: Batch, done: float, number: int, share: float, gathered: Gathered
+    ) -> None:
         assert self.routing is not None and self.teacher is not None
         with self._autocast():
             lesson = self.teacher.lesson(batch)
-        found = self.routing.learn(batch, lesson, self.distil, done, number, self._autocast())
+        found = self.routing.learn(
+            batch, lesson, self.distil, done, number, share, self._autocast()
+        )
         for name, value in found.items():
             gathered.add("router", name, value, number)
         gathered.tokens += batch.tokens
@@ -267,17 +271,11 @@ class Trainer:
     def _report(self, stage: int, rate: float, norm: float, gathered: Gathered) -> StepReport:
         found = self.here.gather((dict(gathered.losses), dict(gathered.router)))
         losses, router = [each[0] for each in found], [each[1] for each in found]
+        at = self.position
         report = StepReport(
-            self.position.step,
-            stage,
-            means(losses),
-            rate,
-            norm,
-            self.position.tokens,
-            self.position.seconds,
-            counts(losses),
-            means(router),
+            at.step, stage, means(losses), rate, norm, at.tokens, at.seconds, counts(losses)
         )
+        report.router = means(router)
         for callback in self.callbacks:
             callback.on_step_end(report)
         return report
