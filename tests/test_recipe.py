@@ -13,8 +13,10 @@ TEXT = """
 parent: some/folder
 data: {train: train.jsonl, heldout: heldout.jsonl}
 sizes: {full: {}, small: {hidden_size: 16}}
-train: {steps: 10}
+train: {stages: [{steps: 10}]}
 """
+ROOT = Path(__file__).parents[1]
+STAGE = "train.stages.0"
 
 
 def recipe(tmp_path: Path, text: str = TEXT, *overrides: str) -> Recipe:
@@ -33,11 +35,17 @@ def test_a_recipe(tmp_path: Path) -> None:
     assert found.name == "tiny"
     assert found.sizes == {"full": {}, "small": {"hidden_size": 16}}
     assert found.train.steps == 10
-    assert found.train.accumulate == 1
+    assert found.train.stages[0].accumulate == 1
+    assert [*found.data.corpora] == ["train"] and found.data.corpora["train"].weight == 1
 
 
 def test_overrides(tmp_path: Path) -> None:
-    overrides = ["train.steps=7", "train.betas=[0.8, 0.9]", "sizes.small.hidden_size=8", "name=x"]
+    overrides = [
+        f"{STAGE}.steps=7",
+        "train.betas=[0.8, 0.9]",
+        "sizes.small.hidden_size=8",
+        "name=x",
+    ]
     found = recipe(tmp_path, TEXT, *overrides, "train.dtype=bfloat16")
     assert (found.train.steps, found.train.betas, found.name) == (7, (0.8, 0.9), "x")
     assert found.sizes["small"] == {"hidden_size": 8}
@@ -47,8 +55,12 @@ def test_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.step=7", r"tiny\.yaml: train\.step: unknown key; did you mean 'steps'\?"),
-        ("train.lerning_rate=1", r"train\.lerning_rate: .* did you mean 'learning_rate'"),
+        ("train.stages.0.step=7", r"tiny\.yaml: train\.stages\.0\.step: .* did you mean 'steps'\?"),
+        ("train.stages.0.lerning_rate=1", r"lerning_rate: .* did you mean 'learning_rate'"),
+        ("train.stage=[]", r"train\.stage: .* did you mean 'stages'"),
+        ("balance={rat: 1}", r"balance\.rat: .* did you mean 'rate'"),
+        ("router={axes: {}, metrics: active}", r"router\.metrics: .* did you mean 'metric'"),
+        ("data.train={a: {pth: x}}", r"data\.train\.a\.pth: .* did you mean 'path'"),
         ("data.heldot=x", r"data\.heldot: .* did you mean 'heldout'"),
         ("rank.sample=1", r"rank\.sample: .* did you mean 'samples'"),
         ("parrent=x", r"parrent: .* did you mean 'parent'"),
@@ -66,22 +78,35 @@ def test_an_unknown_key_of_an_optional_part_names_the_closest(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("train.steps=0", "train.steps"),
-        ("train.steps=1.5", "train.steps"),
-        ("train.steps=ten", "train.steps"),
-        ("train.tokens=15", "train.tokens"),
-        ("train.accumulate=0", "train.accumulate"),
-        ("train.learning_rate=0", "train.learning_rate"),
-        ("train.learning_rate=-1", "train.learning_rate"),
-        ("train.min_lr_ratio=1.1", "train.min_lr_ratio"),
-        ("train.warmup_steps=-1", "train.warmup_steps"),
+        *(
+            (f"{STAGE}.{key}={value}", f"{STAGE}.{key}")
+            for key, values in {
+                "steps": (0, 1.5, "ten"),
+                "sequence_length": (7,),
+                "rows": (0,),
+                "accumulate": (0,),
+                "learning_rate": (0, -1),
+                "min_lr_ratio": (1.1,),
+                "warmup_steps": (-1,),
+            }.items()
+            for value in values
+        ),
+        ("train.stages=[]", "train.stages"),
         ("train.clip=0", "train.clip"),
-        ("train.balance_rate=-1", "train.balance_rate"),
+        ("train.between=1", "train.between"),
+        ("train.same_size=0", "train.same_size"),
+        ("train.sizes_per_batch=0", "train.sizes_per_batch"),
+        ("balance.rate=-1", "balance.rate"),
+        ("balance.aux_loss=-1", "balance.aux_loss"),
+        ("distil.temperature=0", "distil.temperature"),
+        ("router={axes: {hidden_size: [8]}, every: 0}", "router.every"),
+        ("router={axes: {hidden_size: [8]}, metric: speed}", "router.metric"),
+        ("data.train={a: {path: x, weight: 0}}", "data.train"),
+        ("rank.order=best", "rank.order"),
         ("train.weight_decay=-1", "train.weight_decay"),
         ("train.dtype=float16", "train.dtype"),
         ("train.save_every=0", "train.save_every"),
         ("train.betas=[0.9]", "train.betas"),
-        ("data.max_length=7", "data.max_length"),
         ("data.loss_on=prompt", "data.loss_on"),
         ("data.train=1", "data.train"),
         ("rank.samples=0", "rank.samples"),
@@ -108,7 +133,7 @@ def test_a_value_that_json_does_not_know_is_named(tmp_path: Path) -> None:
     [
         (TEXT.replace("parent: some/folder", ""), "either parent or init"),
         (TEXT + "init: {config: {}, tokenizer: x}", "either parent or init"),
-        (TEXT.replace("train: {steps: 10}", ""), "train"),
+        (TEXT.replace("train: {stages: [{steps: 10}]}", ""), "train"),
         ("- a", "not a mapping"),
         ("a: [", "tiny.yaml"),
         ("", "not a mapping"),
@@ -121,11 +146,18 @@ def test_a_recipe_that_cannot_be(tmp_path: Path, text: str, message: str) -> Non
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.size_probs={huge: 1}", "'huge', which is not a size"),
-        ("train.size_probs={small: -1}", "must be positive"),
-        ("train.size_probs={small: 0}", "must be positive"),
+        (f"{STAGE}.size_probs={{huge: 1}}", "size_probs names 'huge'; there are full, small"),
+        (f"{STAGE}.size_probs={{small: -1}}", "size_probs must be positive"),
+        (f"{STAGE}.size_probs={{small: 0}}", "size_probs must be positive"),
+        (f"{STAGE}.mix={{other: 1}}", "mix names 'other'; there are train"),
+        (f"{STAGE}.tokens=100", "either steps or tokens"),
+        (f"{STAGE}.steps=null", "either steps or tokens"),
+        ("train.sizes_per_batch=3", "3 of 2 sizes"),
+        ("router={axes: {hidden_size: [8, 16]}}", "router: no size is given as a share"),
         ("train.steps", "not of the form key=value"),
-        ("train.steps.more=1", "train.steps"),
+        (f"{STAGE}.steps.more=1", "not a mapping"),
+        ("train.stages.first.steps=1", "no number of a list"),
+        ("train.stages.4.steps=1", "index out of range"),
     ],
 )
 def test_an_override_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
@@ -134,6 +166,25 @@ def test_an_override_that_cannot_be(tmp_path: Path, override: str, message: str)
 
 def test_an_override_that_is_no_yaml(tmp_path: Path) -> None:
     refused(tmp_path, "train.steps", TEXT, "train.steps=[")
+
+
+def test_tokens_make_steps(tmp_path: Path) -> None:
+    text = TEXT.replace("{steps: 10}", "{tokens: 1000, sequence_length: 16, rows: 4}, {steps: 2}")
+    train = recipe(tmp_path, text).train
+    assert [stage.length for stage in train.stages] == [16, 2] and train.steps == 18
+    assert train.stages[0].tokens_per_step == 64
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_recipes_that_ship_are_recipes(path: Path) -> None:
+    assert load_recipe(path).train.steps >= 1
+
+
+def test_the_published_recipe_has_the_published_tokens() -> None:
+    found = load_recipe(ROOT / "recipes" / "nemotron-3-nano-30b.yaml")
+    tokens = [stage.length * stage.tokens_per_step for stage in found.train.stages]
+    assert tokens == pytest.approx([100e9, 60e9], rel=1e-3)
+    assert [stage.sequence_length for stage in found.train.stages] == [8192, 49152]
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@
 import importlib.util
 import inspect
 import types
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -45,6 +46,8 @@ def quiet() -> None:
     """Silence loading bars and hints at fused kernels; for programs, not for libraries."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # states of one process need no process group; torch finds that worth a warning each time
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def mend(model: PreTrainedModel) -> PreTrainedModel:

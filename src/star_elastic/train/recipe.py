@@ -182,7 +182,7 @@ class Recipe(Strict):
         for number, stage in enumerate(self.train.stages):
             _check_weights(f"train.stages.{number}.size_probs", stage.size_probs, self.sizes)
             _check_weights(f"train.stages.{number}.mix", stage.mix, self.data.corpora)
-        if self.train.sizes_per_batch > len(self.sizes):
+        if self.parent is not None and self.train.sizes_per_batch > len(self.sizes):
             many = f"{self.train.sizes_per_batch} of {len(self.sizes)} sizes"
             raise ValueError(f"train.sizes_per_batch: {many}")
         if self.router is not None and not any(isinstance(s, float) for s in self.sizes.values()):

@@ -206,9 +206,9 @@ def warm_up(router: Router, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     for update in range(router.settings.warmup):
         budget = router.budgets[update % len(router.budgets)]
-        optimizer.zero_grad()
         router.budget_loss(router.draw(budget, 0.0, draw), budget).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
 
 def metric_of(settings: Routing, layout: Layout) -> Metric:
