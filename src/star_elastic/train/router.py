@@ -51,13 +51,6 @@ class Router(nn.Module):
         if not self.budgets or not 0 < self.budgets[-1] <= self.budgets[0] <= 1:
             raise ValueError(f"router: budgets {self.budgets} are no shares of the parent")
         self.choices = {axis: _choices(layout, axis, settings.axes[axis]) for axis in settings.axes}
-        family = layout.family
-        experts, used = (self.choices.get(f or "", []) for f in (family.experts, family.top_k))
-        most_used = max(used, default=layout.sizes.get(family.top_k, 0))
-        if experts and experts[0] < most_used:
-            raise ValueError(
-                f"router.axes.{family.experts}: {experts[0]} is fewer than a token uses"
-            )
         for axis in settings.per_layer:
             if axis not in self.choices:
                 raise ValueError(f"router.per_layer: {axis!r} is not among router.axes")
@@ -228,13 +221,14 @@ def metric_of(settings: Routing, layout: Layout) -> Metric:
 def save_router(router: Router, path: Path) -> None:
     """Write a router: the networks, and in its metadata what they choose among."""
     described = {
-        "settings": router.settings.model_dump_json(),
-        "metric": router.metric.model_dump_json(),
-        "budgets": json.dumps(router.budgets),
-        "layer_order": json.dumps(router.layout.layer_order),
+        "settings": json.loads(router.settings.model_dump_json()),
+        "metric": json.loads(router.metric.model_dump_json()),
+        "budgets": router.budgets,
+        "layer_order": router.layout.layer_order,
     }
     tensors = {name: t.detach().contiguous() for name, t in router.state_dict().items()}
-    save_file(tensors, path, metadata=described)
+    # one entry: the order of several would differ from one file to the next
+    save_file(tensors, path, metadata={"router": json.dumps(described)})
 
 
 def load_router(path: Path, layout: Layout) -> Router:
@@ -245,16 +239,18 @@ def load_router(path: Path, layout: Layout) -> Router:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            described = file.metadata() or {}
+            described = json.loads((file.metadata() or {})["router"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if json.loads(described["layer_order"]) != layout.layer_order:
+        if described["layer_order"] != layout.layer_order:
             raise ValueError("its layer_order is not the checkpoint's")
         router = Router(
             layout,
-            Routing.model_validate_json(described["settings"]),
-            Metric.model_validate_json(described["metric"]),
-            json.loads(described["budgets"]),
+            Routing.model_validate_json(json.dumps(described["settings"])),
+            Metric.model_validate_json(json.dumps(described["metric"])),
+            described["budgets"],
         )
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise ValueError("a weight is not finite")
         router.load_state_dict(tensors)
     except KeyError as error:
         raise CheckpointError(f"{path}: no {error} in its metadata") from None
