@@ -62,7 +62,7 @@ def trainer(
         settings = Routing(axes=axes, every=every, warmup=50)
         # its budgets are anchors only: the sizes stay those of plain distillation
         router = Router(layout, settings, Metric(kind="active"), [1.0, 0.7, 0.4])
-        warm_up(router, 0)
+        warm_up(router)
         routing = RouterTraining(router, parts, {"1.0": 1.0, "0.7": 0.7, "0.4": 0.4})
         routing.settle = lambda sizes: None  # type: ignore[method-assign]
     batch = fixed_batch(layout.sizes["vocab_size"], rows, length)

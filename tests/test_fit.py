@@ -151,7 +151,7 @@ def test_the_router_beside_the_weights_is_asked(folder: Path) -> None:
     axes = {"intermediate_size": [4, 8, 12, 16, 20, 24], "num_hidden_layers": [1, 2]}
     routing, metric = Routing(axes=axes, metric="params"), Metric(kind="params")
     router = Router(layout, routing, metric, [1.0, 0.6])
-    warm_up(router, seed=0)
+    warm_up(router)
     save_router(router, folder / "m/router.safetensors")
     whole = layout.count()
     budget = round(0.65 * whole)

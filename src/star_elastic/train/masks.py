@@ -138,7 +138,7 @@ def _pick_kept(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tupl
 
     Scores are multiplied by the expert's mask before the best are taken, weights by the rank's.
     """
-    logits, stock_weights, _ = output
+    logits, stock_weights, stock_picked = output
     kept = gate.kept_experts
     if hasattr(gate, "e_score_correction_bias"):
         scores = logits.sigmoid() * kept
@@ -148,7 +148,11 @@ def _pick_kept(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tupl
         odds = (logits.float() - best).clamp(max=_MOST).exp() * kept
         scores = choice = odds / odds.sum(-1, keepdim=True)
     choice = choice.detach().masked_fill(kept == 0, -torch.inf)
-    picked = choice.topk(gate.top_k, dim=-1).indices
+    if getattr(gate, "num_group", 1) > 1:  # experts are no axis then, and the stock picks hold
+        best_first = choice.gather(1, stock_picked).argsort(-1, descending=True)
+        picked = stock_picked.gather(1, best_first)
+    else:
+        picked = choice.topk(gate.top_k, dim=-1).indices
     weights = scores.gather(1, picked) * gate.kept_ranks
     if gate.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

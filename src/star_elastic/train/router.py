@@ -7,7 +7,8 @@ Budgets nobody trained for are blends of their two neighbours.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from star_elastic.folder import CheckpointError, one_line
 from star_elastic.layout import Layout
 from star_elastic.submodel import check_fields
 from star_elastic.symbols import DEPTH, symbol_of
+from star_elastic.train.likely import likely
 from star_elastic.train.recipe import Routing
 
 ROUTER = "router.safetensors"
+_TRIED = 400  # combinations held against a budget, at most
 Probabilities = dict[str, Tensor]  # axis -> (layers or 1, choices), rows sum to 1
 
 
@@ -45,17 +48,23 @@ class Router(nn.Module):
         """
         super().__init__()
         self.layout = layout
-        self.settings = settings
         self.metric = metric
         self.budgets = sorted(set(budgets), reverse=True)
         if not self.budgets or not 0 < self.budgets[-1] <= self.budgets[0] <= 1:
             raise ValueError(f"router: budgets {self.budgets} are no shares of the parent")
         self.choices = {axis: _choices(layout, axis, settings.axes[axis]) for axis in settings.axes}
+        # with the parent's own values, so that a router on disk tells which parent it is of
+        self.settings = settings.model_copy(update={"axes": self.choices})
         for axis in settings.per_layer:
             if axis not in self.choices:
                 raise ValueError(f"router.per_layer: {axis!r} is not among router.axes")
             check_fields(layout, {axis: [layout.sizes[axis]] * len(layout.blocks)})
         self.whole = float(metric.cost(layout, layout.sizes))
+        least = layout.sizes_of({axis: choices[0] for axis, choices in self.choices.items()})
+        if metric.cost(layout, least) == self.whole:
+            axes = ", ".join(self.choices) or "none"
+            raise ValueError(f"router.axes: {axes}: no choice changes the {metric.describe()}")
+        self._costs: dict[str, float] = {}
         draw = torch.Generator().manual_seed(seed)
         self.networks = nn.ModuleDict(
             {
@@ -104,13 +113,42 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def fields(self, budget: float) -> dict[str, int | list[int]]:
-        """The config fields chosen for a budget; those of the parent's own value are left out."""
-        fields: dict[str, int | list[int]] = {}
-        for axis, logits in self.logits(budget).items():
-            picked = [self.choices[axis][n] for n in logits.argmax(-1).tolist()]
-            if any(value != self.layout.sizes[axis] for value in picked):
-                fields[axis] = picked if axis in self.settings.per_layer else picked[0]
-        return fields
+        """The likeliest config fields whose cost is the budget, within the dead zone.
+
+        Where no combination tried comes that near, the likeliest that does not exceed it. Fields of
+        the parent's own value are left out. Axes that differ per layer take each layer's likeliest.
+        """
+        logits = self.logits(budget)
+        uneven = {
+            axis: [self.choices[axis][n] for n in logits[axis].argmax(-1).tolist()]
+            for axis in self.settings.per_layer
+        }
+        even = [axis for axis in self.choices if axis not in uneven]
+        scores = [logits[axis][0].log_softmax(-1).tolist() for axis in even]
+        nearest: dict[str, int | list[int]] | None = None
+        for picked in islice(likely(scores), _TRIED):
+            chosen = {a: self.choices[a][n] for a, n in zip(even, picked, strict=True)}
+            fields = self._shrunk({**chosen, **uneven})
+            miss = self._cost(fields) / (budget * self.whole) - 1
+            if abs(miss) <= self.settings.dead_zone:
+                return fields
+            if miss <= self.settings.dead_zone and nearest is None:
+                nearest = fields
+        return nearest if nearest is not None else fields
+
+    def _shrunk(self, fields: Mapping[str, int | list[int]]) -> dict[str, int | list[int]]:
+        whole = self.layout.sizes
+        return {
+            axis: value
+            for axis, value in fields.items()
+            if any(each != whole[axis] for each in (value if isinstance(value, list) else [value]))
+        }
+
+    def _cost(self, fields: Mapping[str, int | list[int]]) -> float:
+        key = repr(fields)
+        if key not in self._costs:
+            self._costs[key] = float(self.metric.cost(self.layout, self.layout.sizes_of(fields)))
+        return self._costs[key]
 
     def expected(self, probabilities: Probabilities) -> dict[str, Any]:
         """The sizes to expect of a draw, for `Layout.count` and its like; differentiable."""
@@ -181,25 +219,23 @@ def _network(inputs: int, width: int, outputs: int, draw: torch.Generator) -> nn
     return nn.Sequential(first, nn.LeakyReLU(0.1), second)
 
 
-def _distance_to_full(probabilities: Tensor) -> Tensor:
-    full = torch.zeros_like(probabilities)
-    full[:, -1] = 1
-    return F.mse_loss(probabilities, full)
-
-
 def _hardened(soft: Tensor) -> Tensor:
     """One-hot forward, the soft draw's gradient backward."""
     picked = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
-    return picked + soft - soft.detach()
+    return picked + (soft - soft.detach())  # exactly one-hot
 
 
-def warm_up(router: Router, seed: int) -> None:
-    """Learn the budgets alone: no model runs, and the first sizes are already affordable ones."""
+def warm_up(router: Router) -> None:
+    """Learn the budgets alone, before any model runs: expected costs are affordable from the start.
+
+    Without noise, so that nothing is decided yet: probabilities stay soft, and the distillation
+    loss still has its say in which axis pays.
+    """
     optimizer = torch.optim.Adam(router.parameters(), lr=router.settings.learning_rate)
-    draw = torch.Generator().manual_seed(seed)
     for update in range(router.settings.warmup):
         budget = router.budgets[update % len(router.budgets)]
-        router.budget_loss(router.draw(budget, 0.0, draw), budget).backward()
+        soft = {axis: F.softmax(logits, -1) for axis, logits in router.logits(budget).items()}
+        router.budget_loss(soft, budget).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -164,7 +164,7 @@ class _Run:
         metric = metric_of(self.recipe.router, parts.layout)
         seed = self.recipe.train.seed
         router = Router(parts.layout, self.recipe.router, metric, list(budgets.values()), seed)
-        warm_up(router, seed)
+        warm_up(router)
         routing = RouterTraining(router, parts, budgets, seed)
         routing.settle(sizes)
         return routing
