@@ -1,5 +1,6 @@
 """Experts: counted as the stock gates pick them, and kept busy."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -59,6 +60,21 @@ def test_the_loss_is_the_stock_one() -> None:
     torch.testing.assert_close(aux_loss(logits, picked), expected)
 
 
+def test_padding_has_no_part_in_the_loss() -> None:
+    """As in the stock loss of one layer with an attention mask; several gates are summed."""
+    draw = torch.Generator().manual_seed(1)
+    real = torch.ones(3, 8, dtype=torch.bool)
+    real[0, 5:] = real[2, 2:] = False
+    expected, loads = [], Loads()
+    for _ in range(2):
+        logits = torch.randn(24, 6, generator=draw)
+        loads.gates.append((logits, logits.softmax(-1).topk(2).indices))
+        expected.append(load_balancing_loss_func((logits,), 6, 2, attention_mask=real.long()))
+    found = loads.aux_loss(real)
+    torch.testing.assert_close(found, expected[0] + expected[1])
+    assert not torch.allclose(torch.as_tensor(loads.aux_loss(torch.ones_like(real))), found)
+
+
 def test_balance_raises_the_idle_and_lowers_the_busy() -> None:
     bias = torch.zeros(4)
     balance_step(bias, torch.tensor([4.0, 2.0, 2.0, 0.0]), rate=0.5)
@@ -83,6 +99,59 @@ def test_blocks_computed_again_are_counted_once(again: bool) -> None:
     trained.loss(one_batch(), {}, None, loads).backward()
     tokens = int(one_batch().mask.sum())
     assert {int(load.sum()) for load in loads.counts.values()} == {2 * tokens}
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_blocks_computed_again_have_the_same_gradients(family: str) -> None:
+    """The loss on the gates included, though nothing watches them the second time."""
+    found: list[dict[str, Tensor | None]] = []
+    for again in (False, True):
+        trained = trainer(family, checkpoint_activations=again)
+        trained.balance = Balance(aux_loss=1.0)
+        trained.loss(one_batch(), trained.sizes["small"], None, Loads()).backward()
+        found.append({name: tensor.grad for name, tensor in trained.weights.items()})
+    assert any(name.endswith("gate.weight") for name in found[0])
+    for name, gradient in found[0].items():
+        other = found[1][name]
+        assert (gradient is None) == (other is None), name
+        if gradient is not None and other is not None:
+            torch.testing.assert_close(other, gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def hooks(skeleton: Any) -> int:
+    return sum(len(module._forward_hooks) for module in skeleton.modules())
+
+
+def test_nothing_is_watched_afterwards() -> None:
+    """Not even after an error in the pass."""
+    trained, batch, loads = trainer("qwen3_moe"), one_batch(), Loads()
+    skeleton, cut = trained.skeleton({})
+    before = hooks(skeleton)
+    for broken in (False, True):
+
+        def finish(hidden: Tensor, head: Tensor, broken: bool = broken) -> Tensor:
+            if broken:
+                raise RuntimeError("out of memory")
+            assert hooks(skeleton) == before + 2
+            return hidden
+
+        with (
+            pytest.raises(RuntimeError) if broken else nullcontext(),
+            watched(skeleton, batch.mask, loads),
+        ):
+            trained.parts(skeleton, cut, finish, **batch.inputs)
+        assert hooks(skeleton) == before and len(loads.gates) == 2 * (1 + broken)
+
+
+def test_sizes_are_counted_apart() -> None:
+    """The experts of a smaller size are fewer: its mean load is over those alone."""
+    trained, loads = trainer("nemotron_h"), Loads()
+    trained.balance = Balance(rate=0.1)
+    for name in ("full", "small", "full"):
+        trained.loss(one_batch(), trained.sizes[name], None, loads)
+    tokens = int(one_batch().mask.sum())
+    found = {experts: int(load.sum()) for (_, experts), load in loads.counts.items()}
+    assert found == {6: 2 * 2 * tokens, 4: tokens}  # top 2 of 6, twice; top 1 of 4
 
 
 @pytest.mark.parametrize("family", MOE)

@@ -66,9 +66,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = (problem["prompt"] + problem["completion"] for problem in problems)
     build_tokenizer(texts, 320).save_pretrained(folder / "tokenizer")
     data = {"train": f"{folder}/train.jsonl", "heldout": f"{folder}/heldout.jsonl"}
-    train = {"steps": 4, "tokens": 512, "learning_rate": 1e-3, "warmup_steps": 1}
+    stage = {"steps": 4, "sequence_length": 128, "rows": 4, "learning_rate": 1e-3}
+    train = {"stages": [{**stage, "warmup_steps": 1}]}
     init = {"config": CONFIG, "tokenizer": f"{folder}/tokenizer"}
-    parent = {"init": init, "data": data, "train": {**train, "balance_rate": 1e-3}}
+    parent = {"init": init, "data": data, "train": train, "balance": {"rate": 1e-3}}
     elastic = {"parent": f"{folder}/p/parent", "data": data, "sizes": SIZES, "train": train}
     (folder / "parent.yaml").write_text(yaml.safe_dump(parent))
     (folder / "elastic.yaml").write_text(yaml.safe_dump(elastic))
@@ -166,7 +167,7 @@ def test_chat_with_an_unknown_size_lists_those_there_are(run: Path) -> None:
 
 def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(run: Path) -> None:
     out = run / "interrupted"
-    words = ["train", run / "elastic.yaml", "--out", out, "--set", "train.steps=400"]
+    words = ["train", run / "elastic.yaml", "--out", out, "--set", "train.stages.0.steps=400"]
     command = [sys.executable, "-m", "star_elastic", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"
@@ -179,7 +180,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(run: Path) -> None
     assert process.returncode == 130
     assert "--resume" in errors and "Traceback" not in errors
     done = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    cli(*words[:-1], f"train.steps={done + 2}", "--resume")
+    cli(*words[:-1], f"train.stages.0.steps={done + 2}", "--resume")
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, done + 3))
     assert (out / "elastic/config.json").is_file()
@@ -191,7 +192,14 @@ def test_a_run_is_never_overwritten(run: Path) -> None:
 
 
 def test_an_unknown_recipe_key_names_the_closest(run: Path) -> None:
-    words = ["train", run / "elastic.yaml", "--out", run / "x", "--set", "train.learning_rat=1"]
+    words = [
+        "train",
+        run / "elastic.yaml",
+        "--out",
+        run / "x",
+        "--set",
+        "train.stages.0.learning_rat=1",
+    ]
     done = cli(*words, check=False)
     assert done.returncode == 1
-    assert "train.learning_rat: unknown key; did you mean 'learning_rate'?" in done.stderr
+    assert "train.stages.0.learning_rat: unknown key; did you mean 'learning_rate'?" in done.stderr

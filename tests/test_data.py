@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import letters_tokenizer
 
 from star_elastic.records import Batch, Example, Record
-from star_elastic.train.data import Batches, Source, Stream, cut, fit
+from star_elastic.train.data import Source, Stream, cut, fit
 
 
 class Tokens:
@@ -283,37 +283,3 @@ def test_a_conversation_that_cannot_be_rendered_names_its_source() -> None:
     record = Record("", "b", "t", "", ({"role": "assistant", "content": "b"},))
     with pytest.raises(ValueError, match="source talk: messages need a chat template"):
         next(Stream([Source("talk", 1.0, [record], letters_tokenizer())], 8, 1, 0, 0))
-
-
-def padded(sizes: list[int], tokens: int, seed: int = 0) -> Batches:
-    """Examples that say which one they are in their first token."""
-    rows = [Example([n + 1] * length, [(1, length)]) for n, length in enumerate(sizes)]
-    return Batches(rows, tokens, pad=0, seed=seed)
-
-
-@settings(max_examples=50, deadline=None)
-@given(sizes=lengths, tokens=st.integers(16, 120), seed=st.integers(0, 5))
-def test_a_padded_epoch_has_every_example_once(sizes: list[int], tokens: int, seed: int) -> None:
-    found: Counter[int] = Counter()
-    stream = iter(padded(sizes, tokens, seed))
-    while found.total() < len(sizes):
-        batch = next(stream)
-        assert batch.input_ids.numel() <= tokens or len(batch.input_ids) == 1
-        found.update(batch.input_ids[:, 0].tolist())
-    assert found == Counter(range(1, len(sizes) + 1))
-
-
-@settings(max_examples=50, deadline=None)
-@given(sizes=lengths, tokens=st.integers(16, 120), taken=st.integers(0, 60))
-def test_any_padded_batch_is_found_again(sizes: list[int], tokens: int, taken: int) -> None:
-    batches = padded(sizes, tokens)
-    expected = itertools.islice(batches, taken, taken + 5)
-    found = itertools.islice(batches.after(taken), 5)
-    assert [contents(batch) for batch in found] == [contents(batch) for batch in expected]
-
-
-def test_padded_examples_need_a_target() -> None:
-    rows = [Example([1, 2, 3], []), Example([4, 5], [(1, 2)])]
-    assert next(iter(Batches(rows, 16, 0, 0))).input_ids.tolist() == [[4, 5]]
-    with pytest.raises(ValueError, match="no example has a token to learn from"):
-        Batches(rows[:1], 16, 0, 0)

@@ -3,10 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import FAMILIES, elastic
 from torch import Tensor
+from training import one_batch
 
+from star_elastic import stock
 from star_elastic.train.distillation import Lesson, forward_kl, hidden_distance, loss, predicting
+from star_elastic.train.parts import Narrowed, Parts
 from star_elastic.train.recipe import Distil
+from star_elastic.train.teacher import Teacher
 
 VOCABULARY, POSITIONS = 13, 7
 
@@ -90,13 +95,35 @@ def test_no_position_is_no_loss() -> None:
     assert loss(hidden[:0], head, labels[:0], nothing, Distil(hidden=1.0)).item() == 0
 
 
-def test_half_precision_is_summed_in_single() -> None:
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_half_precision_is_summed_in_single(chunk: int) -> None:
     hidden, head, labels, lesson = tensors()
+    settings = Distil(temperature=2.0, cross_entropy=0.5, hidden=0.3)
     halved = Lesson(lesson.hidden.bfloat16(), lesson.head.bfloat16())
-    found = loss(hidden.bfloat16(), head.bfloat16(), labels, halved, Distil())
-    assert found.item() == pytest.approx(
-        loss(hidden, head, labels, lesson, Distil()).item(), rel=0.05
+    limit = chunk * VOCABULARY
+    found = loss(hidden.bfloat16(), head.bfloat16(), labels, halved, settings, logits=limit)
+    expected = loss(hidden, head, labels, lesson, settings)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+    for one, other in zip(
+        torch.autograd.grad(found, (hidden, head)),
+        torch.autograd.grad(expected, (hidden, head)),
+        strict=True,
+    ):
+        assert (one - other).norm() < 0.05 * other.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_forward_kl_is_the_one_of_torch(temperature: float) -> None:
+    draw = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(5, VOCABULARY, generator=draw) for _ in range(2))
+    expected = F.kl_div(
+        (student / temperature).log_softmax(-1),
+        (teacher / temperature).softmax(-1),
+        reduction="sum",
     )
+    torch.testing.assert_close(forward_kl(student, teacher, temperature), expected)
+    assert forward_kl(student, teacher) != pytest.approx(forward_kl(teacher, student).item())
 
 
 def test_forward_kl_by_hand() -> None:
@@ -116,3 +143,32 @@ def test_targets_are_predicted_by_the_position_before() -> None:
     said = torch.arange(8.0).view(1, 4, 2)
     targets = torch.tensor([[False, False, True, True]])
     assert predicting(said, targets).tolist() == [[2.0, 3.0], [4.0, 5.0]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", ["full", "small"])
+def test_the_loss_of_a_size_is_that_of_the_stock_models(family: str, size: str) -> None:
+    """Heads tied or not: what the parts hand over gives the stock logits' own loss."""
+    student, parent, batch = elastic(family, seed=1), elastic(family), one_batch()
+    settings = Distil(temperature=1.5, cross_entropy=0.25)
+    fields = student.sizes[size].config
+    parts = Parts(student.layout, student.state)
+    lesson = Teacher(Parts(parent.layout, parent.state)).lesson(batch)
+    labels = batch.input_ids[:, 1:][batch.targets[:, 1:]]
+
+    def finish(hidden: Tensor, head: Tensor) -> Tensor:
+        states = predicting(hidden, batch.targets)
+        return loss(states, head, labels, lesson, settings, logits=5 * len(head))
+
+    cut = Narrowed(student.layout, student.layout.sizes_of(fields))
+    with torch.no_grad():
+        found = parts(parts.skeleton(fields), cut, finish, **batch.inputs)
+        said, taught = (
+            predicting(stock.use_chunk_scan(model)(**batch.inputs, use_cache=False).logits, where)
+            for model, where in ((student[size], batch.targets), (parent.parent, batch.targets))
+        )
+    expected = F.kl_div(
+        (said / 1.5).log_softmax(-1), (taught / 1.5).softmax(-1), reduction="batchmean"
+    )
+    expected = 1.5**2 * expected + 0.25 * F.cross_entropy(said, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -70,6 +70,58 @@ def test_parts_narrowed_are_the_view(family: str) -> None:
         torch.testing.assert_close(found, logits(view, ids), atol=1e-5, rtol=1e-5)
 
 
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("nemotron_h", {"norm_topk_prob": False}),
+    ("nemotron_h", {"n_group": 2, "topk_group": 1}),
+    ("nemotron_h", {"use_conv_bias": False, "mlp_bias": True, "use_bias": True}),
+    ("nemotron_h", {"n_groups": 4}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
+    ("qwen3_moe", {"attention_bias": True, "mlp_only_layers": []}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"num_key_value_heads": 4}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=str)
+@torch.no_grad()
+def test_variants_of_a_family(family: str, changes: dict[str, Any]) -> None:
+    model = ElasticModel(tiny(family, **changes), layer_order=ORDER[family])
+    fields = {axis: value for axis, value in SMALL[family].items() if axis in model.layout.axes}
+    ids = token_ids()
+    for each in ({}, fields):
+        expected = logits(model.submodel(**each), ids)
+        torch.testing.assert_close(masked(model, each, ids), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_soft_masks_on_all_axes(family: str) -> None:
+    """Every size is a mask's end; in between nothing is at either end, and all is finite."""
+    model, ids = elastic(family), token_ids()
+    parts = Parts(model.layout, model.state)
+    skeleton = parts.connect(masked_skeleton(model.layout), range(len(model.layout.blocks)))
+    small = hard_masks(model.layout, SMALL[family])
+    leaves: list[Tensor] = []
+
+    def soft(share: float) -> dict[str, Any]:
+        made = {s: (1 - share) * mask + share for s, mask in small.items() if s != "layer"}
+        made["layer"] = [(1 - share) * mask + share for mask in small["layer"]]
+        leaves[:] = [m for s, m in made.items() if s != "layer"] + made["layer"]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        return made
+
+    found = {
+        share: run(parts, skeleton, Masked(model.layout, soft(share)), ids)
+        for share in (0.0, 1.0, 0.5, 1e-3)
+    }
+    ends = logits(model["small"], ids), logits(model.parent, ids)
+    for share, end in zip((0.0, 1.0), ends, strict=True):
+        torch.testing.assert_close(found[share], end, atol=2e-5, rtol=1e-4)
+        assert not torch.allclose(found[0.5], end, atol=1e-3)
+    found[1e-3].square().mean().backward()
+    assert all(leaf.grad is not None and torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
 @pytest.mark.parametrize("family", ["nemotron_h", "qwen3_moe"])
 @torch.no_grad()
 def test_the_gate_cannot_pick_a_dropped_expert(family: str) -> None:

@@ -211,6 +211,11 @@ def test_a_router_comes_back(tmp_path: Path) -> None:
     assert all(again.fields(n / 20) == made.fields(n / 20) for n in range(6, 21))
 
 
+def test_a_budget_below_all_sizes_gets_the_cheapest() -> None:
+    made = wide()
+    assert made.fields(0.01) == {axis: choices[0] for axis, choices in made.choices.items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("uneven", [False, True])
 def test_whatever_the_budget_the_sizes_exist(family: str, uneven: bool) -> None:

@@ -115,8 +115,9 @@ class Router(nn.Module):
     def fields(self, budget: float) -> dict[str, int | list[int]]:
         """The likeliest config fields whose cost is the budget, within the dead zone.
 
-        Where no combination tried comes that near, the likeliest that does not exceed it. Fields of
-        the parent's own value are left out. Axes that differ per layer take each layer's likeliest.
+        Where no combination tried comes that near, the likeliest that does not exceed it; where all
+        do, the cheapest. Fields of the parent's own value are left out. Axes that differ per layer
+        take each layer's likeliest.
         """
         logits = self.logits(budget)
         uneven = {
@@ -125,16 +126,16 @@ class Router(nn.Module):
         }
         even = [axis for axis in self.choices if axis not in uneven]
         scores = [logits[axis][0].log_softmax(-1).tolist() for axis in even]
-        nearest: dict[str, int | list[int]] | None = None
+        tried: list[tuple[float, dict[str, int | list[int]]]] = []
         for picked in islice(likely(scores), _TRIED):
             chosen = {a: self.choices[a][n] for a, n in zip(even, picked, strict=True)}
             fields = self._shrunk({**chosen, **uneven})
             miss = self._cost(fields) / (budget * self.whole) - 1
             if abs(miss) <= self.settings.dead_zone:
                 return fields
-            if miss <= self.settings.dead_zone and nearest is None:
-                nearest = fields
-        return nearest if nearest is not None else fields
+            tried.append((miss, fields))
+        cheapest = min(tried, key=lambda each: each[0])
+        return next((each for each in tried if each[0] < 0), cheapest)[1]
 
     def _shrunk(self, fields: Mapping[str, int | list[int]]) -> dict[str, int | list[int]]:
         whole = self.layout.sizes
