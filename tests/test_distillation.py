@@ -92,7 +92,10 @@ def test_the_teacher_itself_has_no_loss() -> None:
 def test_no_position_is_no_loss() -> None:
     hidden, head, labels, lesson = tensors()
     nothing = Lesson(lesson.hidden[:0], lesson.head)
-    assert loss(hidden[:0], head, labels[:0], nothing, Distil(hidden=1.0)).item() == 0
+    found = loss(hidden[:0], head, labels[:0], nothing, Distil(hidden=1.0))
+    assert found.item() == 0
+    found.backward()
+    assert not hidden.grad.any()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("chunk", [2, 100])
