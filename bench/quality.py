@@ -64,7 +64,7 @@ class Bench:
         data = self.out / "data"
         known = [f"data.train={data / 'train.jsonl'}", f"data.heldout={data / 'heldout.jsonl'}"]
         known += [f"train.seed={self.seed}", f"train.stages.0.steps={self.steps}"]
-        known += ["train.save_every=100000"]
+        known += ["train.save_every=100000", "train.between=0"]
         return load_recipe("recipes/demo.yaml", [*known, *overrides])
 
     def rows(self, experiment: str) -> Iterator[dict[str, Any]]:
@@ -189,10 +189,7 @@ _OVERRIDES: Mapping[str, Any] = {
     "nested": lambda steps: [],
     "one-stage": lambda steps: ["train.stages.0.size_probs=null"],
     "two-stage": _two_stage,
-    "between": lambda steps: [
-        "train.between=0.4",
-        "multiple_of={hidden_size: 8, moe_intermediate_size: 8}",
-    ],
+    "between": lambda steps: ["train.between=0.4"],
     "random": lambda steps: ["rank.order=random"],
     "router": lambda steps: [
         f"router={json.dumps({'axes': AXES, 'metric': 'active', 'every': 4, 'until': 0.5})}"
