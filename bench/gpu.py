@@ -98,7 +98,8 @@ def stack(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"pattern": pattern, "parameters": layout.count()}
     trainer = Trainer(parts, SIZES, settings, streams, teacher, here=here)
     for name, fields in SIZES.items():
-        trainer.sizes = {name: fields}
+        trainer.sizes.clear()
+        trainer.sizes[name] = fields
         took = median(_timed(trainer) for _ in range(arguments.repeats))
         used = flops(layout, fields, arguments.length) / took / (arguments.peak_tflops * 1e12)
         found[name] = {"seconds": took, "tokens_per_second": arguments.length / took, "mfu": used}

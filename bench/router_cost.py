@@ -44,7 +44,13 @@ PLAIN = "plain"
 
 
 def trainer(
-    path: str, shares: list[float], every: int | None, rows: int, length: int, device: str
+    path: str,
+    shares: list[float],
+    every: int | None,
+    rows: int,
+    length: int,
+    device: str,
+    split: bool = False,
 ) -> Trainer:
     """A trainer of some sizes; with `every` it has a router that learns so often."""
     model, teacher = (ElasticModel.from_pretrained(path, device=device) for _ in range(2))
@@ -69,7 +75,7 @@ def trainer(
     streams: Any = lambda number: Fixed(batch)  # noqa: E731
     stage = Stage(steps=10**6, sequence_length=length, rows=rows)
     taught = Teacher(Parts(teacher.layout, teacher.state))
-    here, settings = World(device=torch.device(device)), Optimise(stages=[stage])
+    here, settings = World(device=torch.device(device)), Optimise(stages=[stage], split=split)
     return Trainer(parts, sizes, settings, streams, taught, routing=routing, here=here)
 
 
@@ -95,7 +101,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows, length, device = arguments.rows, arguments.length, arguments.device
     runs = {PLAIN: trainer(arguments.model, [0.7], None, rows, length, device)}
     for count, shares in SHARES.items():
-        runs[f"{count}"] = trainer(arguments.model, shares, arguments.every, rows, length, device)
+        runs[f"{count}"] = trainer(
+            arguments.model, shares, arguments.every, rows, length, device, arguments.split
+        )
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in runs}
     for block in range(arguments.blocks):
         for name, each in runs.items():
@@ -119,6 +127,7 @@ def peak(arguments: argparse.Namespace) -> dict[str, float]:
         words = [sys.executable, "-m", "bench.router_cost", arguments.model, "--only", name]
         words += ["--rows", str(arguments.rows), "--length", str(arguments.length)]
         words += ["--every", "3", "--device", arguments.device]
+        words += ["--split"] if arguments.split else []
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         found[name] = json.loads(done.stdout)["peak_bytes"]
     return found
@@ -129,9 +138,8 @@ def one(arguments: argparse.Namespace) -> dict[str, float]:
     shares = {PLAIN: [0.7], "full": [1.0]}.get(arguments.only)
     every = None if shares else arguments.every
     shares = shares or SHARES[int(arguments.only)]
-    each = trainer(
-        arguments.model, shares, every, arguments.rows, arguments.length, arguments.device
-    )
+    rows, length, device = arguments.rows, arguments.length, arguments.device
+    each = trainer(arguments.model, shares, every, rows, length, device, arguments.split)
     for _ in range(12):
         each.step()
     if arguments.device == "cuda":
@@ -154,6 +162,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--split", action="store_true", help="larger sizes in pieces of rows")
     parser.add_argument("--peak-only", action="store_true", help="memory, no times")
     parser.add_argument("--only", help="one run alone: its peak memory")
     arguments = parser.parse_args()

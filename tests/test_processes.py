@@ -12,13 +12,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import SMALL, letters_tokenizer, tiny
+from models import CONFIGS, SMALL, letters_tokenizer, tiny
 from safetensors.torch import load_file
 
-STEPS = 6
+from star_elastic.train.callbacks import Callback
+from star_elastic.train.interrupt import Interrupted
+from star_elastic.train.recipe import load_recipe
+from star_elastic.train.report import StepReport
+from star_elastic.train.run import train
+
+STEPS = 12
 
 
-def recipe(folder: Path, family: str, **changes: Any) -> Path:
+def recipe(folder: Path, family: str, train: dict[str, Any], **changes: Any) -> Path:
     """A parent, data and a recipe on the spot."""
     tiny(family).save_pretrained(folder / "parent")
     letters_tokenizer().save_pretrained(folder / "parent")
@@ -26,26 +32,25 @@ def recipe(folder: Path, family: str, **changes: Any) -> Path:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(folder / "data.jsonl")
     stage = {"steps": STEPS, "sequence_length": 24, "rows": 1, "accumulate": 4}
+    stage |= {"learning_rate": 1e-2, "warmup_steps": 2}
     values: dict[str, Any] = {
         "parent": str(folder / "parent"),
         "data": {"train": data, "heldout": data},
         "rank": {"samples": 8, "depth": True},
-        "train": {"stages": [stage | {"learning_rate": 1e-2, "warmup_steps": 2}], "same_size": 2},
+        "train": {"stages": [stage], "same_size": 2, "save_every": 2, **train},
     }
-    values["train"]["save_every"] = 2
-    (folder / f"{family}.yaml").write_text(yaml.safe_dump(values | changes, sort_keys=False))
-    return folder / f"{family}.yaml"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values | changes, sort_keys=False))
+    return folder / "recipe.yaml"
 
 
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hybrid(folder: Path) -> Path:
     """A router, a size of fewer layers, gates that are balanced, blocks computed again."""
-    folder = tmp_path_factory.mktemp("hybrid")
     axes = {"hidden_size": [16, 24, 32], "n_routed_experts": [4, 6], "num_hidden_layers": [5, 6]}
     fixed = {"hidden_size": 24, "num_hidden_layers": 5, "mamba_num_heads": 4}
     return recipe(
         folder,
         "nemotron_h",
+        {"checkpoint_activations": True},
         sizes={"full": 1.0, "small": 0.5, "fixed": fixed},
         rank={"samples": 8, "depth": True, "min_layers": 5},
         router={"axes": axes, "every": 2, "warmup": 40},
@@ -53,24 +58,31 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"full": {}, "small": {f: n for f, n in SMALL["qwen3"].items()}}
-    return recipe(tmp_path_factory.mktemp("dense"), "qwen3", sizes=sizes)
+def dense(folder: Path) -> Path:
+    """Two sizes from each micro-batch, now and then one that has no name."""
+    sizes = {"full": {}, "small": SMALL["qwen3"], "thin": {"hidden_size": 24}}
+    train = {"sizes_per_batch": 2, "between": 0.5, "rungs": 2}
+    return recipe(folder, "qwen3", train, sizes=sizes, distil={"cross_entropy": 0.5, "hidden": 0.1})
 
 
-def start(plan: Path, out: Path, processes: int, *more: str) -> "subprocess.Popen[str]":
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone"]
-        launch += ["--nproc-per-node", str(processes)]
+def fresh(folder: Path) -> Path:
+    """A parent from nothing."""
+    init = {"config": CONFIGS["nemotron_h"], "tokenizer": str(folder / "parent")}
+    return recipe(folder, "nemotron_h", {}, parent=None, init=init, balance={"rate": 0.01})
+
+
+def start(plan: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
+    """Two processes, in a group of their own."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [*launch, "-m", "star_elastic", "train", str(plan), "--out", str(out), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=-1, stderr=-1, text=True, env=environment)
+    return subprocess.Popen(
+        words, stdout=-1, stderr=-1, text=True, env=environment, start_new_session=True
+    )
 
 
-def run(plan: Path, out: Path, processes: int, *more: str) -> None:
-    done = start(plan, out, processes, *more)
+def run(plan: Path, out: Path, *more: str) -> None:
+    done = start(plan, out, *more)
     _, said = done.communicate(timeout=240)
     assert done.returncode == 0, said
 
@@ -84,47 +96,70 @@ def alike(one: Path, two: Path) -> None:
     """The same losses at every step, the same weights and the same sizes at the end."""
     assert len(logged(one)) == len(logged(two)) == STEPS
     for a, b in zip(logged(one), logged(two), strict=True):
-        assert a["sizes"] == b["sizes"] and a["tokens"] == b["tokens"]
-        assert a["losses"] == pytest.approx(b["losses"], rel=1e-4, abs=1e-6)
-        assert a["router"] == pytest.approx(b["router"], rel=1e-4, abs=1e-6)
-    files = [path / "elastic" / "model.safetensors" for path in (one, two)]
-    found, expected = map(load_file, files)
+        for key in ("step", "stage", "sizes", "tokens", "learning_rate"):
+            assert a[key] == b[key], key
+        for key in ("losses", "router", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), key
+    folder = "elastic" if (two / "elastic").exists() else "parent"
+    found, expected = (load_file(each / folder / "model.safetensors") for each in (one, two))
+    assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-3, msg=name)
-    configs = [json.loads((p / "elastic" / "config.json").read_text()) for p in (one, two)]
-    sizes = [[s["config"] for s in c["elastic_config"]["submodels"]] for c in configs]
-    assert sizes[0] == sizes[1]
+    assert declared(one) == declared(two)
 
 
-@pytest.mark.parametrize("which", ["hybrid", "dense"])
-def test_two_processes_are_one(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    plan: Path = request.getfixturevalue(which)
-    run(plan, tmp_path / "one", 1)
-    run(plan, tmp_path / "two", 2)
-    alike(tmp_path / "one", tmp_path / "two")
+def declared(out: Path) -> list[Any]:
+    """The config fields of all sizes; none of a parent that is not elastic."""
+    if not (out / "elastic").exists():
+        return []
+    config = json.loads((out / "elastic" / "config.json").read_text())
+    return [size["config"] for size in config["elastic_config"]["submodels"]]
 
 
-def test_a_stopped_run_goes_on_with_another_number_of_processes(
-    hybrid: Path, tmp_path: Path
-) -> None:
-    """Two processes, asked to stop; one, asked to stop; two again to the end."""
-    run(hybrid, tmp_path / "whole", 1)
-    out = tmp_path / "out"
-    for processes, steps in ((2, 1), (1, 3)):
-        going = start(hybrid, out, processes, "--resume")
-        end = time.monotonic() + 120
-        while len(logged(out)) < steps and going.poll() is None and time.monotonic() < end:
-            time.sleep(0.01)
-        going.send_signal(signal.SIGTERM)
-        _, said = going.communicate(timeout=120)
-        assert going.returncode != 0, said
-        assert [path for path in (out / "state").iterdir() if path.suffix != ".partial"], said
-    run(hybrid, out, 2, "--resume")
+class Press(Callback):
+    """Ctrl-C at the end of a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, report: StepReport) -> None:
+        if report.step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("plan", [dense, fresh])
+def test_two_processes_are_one(plan: Any, tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    train(load_recipe(made), tmp_path / "one")
+    run(made, tmp_path / "two")
+    alike(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two processes, asked to stop; one, asked to stop; two again to the end: as one."""
+    made, out = hybrid(tmp_path), tmp_path / "out"
+    train(load_recipe(made), tmp_path / "whole")
+    going = start(made, out)
+    end = time.monotonic() + 120
+    while not logged(out) and going.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+    os.killpg(going.pid, signal.SIGTERM)
+    _, said = going.communicate(timeout=120)
+    assert going.returncode != 0 and "to go on:" in said, said
+    (state,) = (out / "state").iterdir()
+    done = len(logged(out))
+    assert state.name == f"step-{done:08d}" and 1 <= done < STEPS - 1, said
+    with pytest.raises(Interrupted):
+        train(load_recipe(made), out, resume=True, callbacks=[Press(done + 1)])
+    assert [path.name for path in (out / "state").iterdir()] == [f"step-{done + 1:08d}"]
+    run(made, out, "--resume")
     alike(out, tmp_path / "whole")
 
 
-def test_processes_must_divide_the_draws(dense: Path, tmp_path: Path) -> None:
-    done = start(dense, tmp_path / "out", 2, "--set", "train.same_size=1")
+def test_processes_must_divide_the_draws(tmp_path: Path) -> None:
+    """Said before anything is ranked."""
+    done = start(dense(tmp_path), tmp_path / "out", "--set", "train.same_size=1")
     _, said = done.communicate(timeout=120)
     assert done.returncode != 0
-    assert "train.same_size = 1: with 2 processes it must be a multiple of 2" in said
+    assert "error: train.same_size = 1: with 2 processes it must be a multiple of 2" in said
+    assert not (tmp_path / "out").exists()

@@ -91,6 +91,8 @@ def test_an_unknown_key_of_an_optional_part_names_the_closest(tmp_path: Path) ->
             }.items()
             for value in values
         ),
+        (f"{STAGE}.learning_rate=.inf", f"{STAGE}.learning_rate"),
+        (f"{STAGE}.size_probs={{small: .nan}}", f"{STAGE}.size_probs"),
         ("train.stages=[]", "train.stages"),
         ("train.clip=0", "train.clip"),
         ("train.between=1", "train.between"),
@@ -101,16 +103,22 @@ def test_an_unknown_key_of_an_optional_part_names_the_closest(tmp_path: Path) ->
         ("distil.temperature=0", "distil.temperature"),
         ("router={axes: {hidden_size: [8]}, every: 0}", "router.every"),
         ("router={axes: {hidden_size: [8]}, metric: speed}", "router.metric"),
-        ("data.train={a: {path: x, weight: 0}}", "data.train"),
+        ("data.train={a: {path: x, weight: 0}}", "data.train.a.weight: "),
         ("rank.order=best", "rank.order"),
         ("train.weight_decay=-1", "train.weight_decay"),
         ("train.dtype=float16", "train.dtype"),
         ("train.save_every=0", "train.save_every"),
         ("train.betas=[0.9]", "train.betas"),
+        ("train.betas=[0.9, 1.0]", "train.betas"),
+        ("router={axes: {}}", "router.axes"),
+        ("router={axes: {hidden_size: [8]}, temperature: [1, 0]}", "router.temperature"),
+        ("data.train={}", "data.train"),
+        ("data.train={a: {path: x, weight: .inf}}", "data.train.a.weight: "),
+        ("report_to=[tensorboard]", "report_to"),
         ("data.loss_on=prompt", "data.loss_on"),
         ("data.train=1", "data.train"),
         ("rank.samples=0", "rank.samples"),
-        ("sizes.small.hidden_size=wide", "sizes.small"),
+        ("sizes.small.hidden_size=wide", "sizes.small.hidden_size: "),
     ],
 )
 def test_a_value_out_of_bounds_is_named(tmp_path: Path, override: str, field: str) -> None:
@@ -150,10 +158,11 @@ def test_a_recipe_that_cannot_be(tmp_path: Path, text: str, message: str) -> Non
         (f"{STAGE}.size_probs={{small: -1}}", "size_probs must be positive"),
         (f"{STAGE}.size_probs={{small: 0}}", "size_probs must be positive"),
         (f"{STAGE}.mix={{other: 1}}", "mix names 'other'; there are train"),
-        (f"{STAGE}.tokens=100", "either steps or tokens"),
-        (f"{STAGE}.steps=null", "either steps or tokens"),
-        ("train.sizes_per_batch=3", "3 of 2 sizes"),
-        ("router={axes: {hidden_size: [8, 16]}}", "router: no size is given as a share"),
+        (f"{STAGE}.tokens=100", r"yaml: train\.stages\.0: say either steps or tokens$"),
+        (f"{STAGE}.steps=null", r"yaml: train\.stages\.0: say either steps or tokens$"),
+        ("train.sizes_per_batch=3", r"yaml: train\.sizes_per_batch: 3 of 2 sizes$"),
+        ("router={axes: {hidden_size: [8, 16]}}", r"yaml: router: no size is given as a share"),
+        ("train={stages: [{steps: 1}], between: 0.1}", "sizes.between: "),
         ("train.steps", "not of the form key=value"),
         (f"{STAGE}.steps.more=1", "not a mapping"),
         ("train.stages.first.steps=1", "no number of a list"),
@@ -161,7 +170,8 @@ def test_a_recipe_that_cannot_be(tmp_path: Path, text: str, message: str) -> Non
     ],
 )
 def test_an_override_that_cannot_be(tmp_path: Path, override: str, message: str) -> None:
-    refused(tmp_path, message, TEXT, override)
+    text = TEXT.replace("small:", "between: 0.5, small:") if "sizes.between" in message else TEXT
+    refused(tmp_path, message, text, override)
 
 
 def test_an_override_that_is_no_yaml(tmp_path: Path) -> None:

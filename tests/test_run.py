@@ -1,13 +1,15 @@
 """A whole run of a recipe: what it writes, and that stopping it changes nothing (I8)."""
 
-import json
+import shutil
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import SMALL, elastic, letters_tokenizer, logits, same, tiny, token_ids
+from models import elastic, letters_tokenizer, logits, same, token_ids
+from runs import WIDTHS, logged, make_data, recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -17,14 +19,13 @@ from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel
 from star_elastic.slicing import slice_checkpoint
 from star_elastic.train.baselines import train_alone
-from star_elastic.train.callbacks import Callback
+from star_elastic.train.callbacks import Callback, JsonLines
 from star_elastic.train.interrupt import Interrupted
-from star_elastic.train.recipe import Recipe
 from star_elastic.train.report import StepReport
 from star_elastic.train.router import ROUTER, load_router
-from star_elastic.train.run import train
+from star_elastic.train.run import streams, train
+from star_elastic.train.trainer import DivergedError
 
-WIDTHS = {field: n for field, n in SMALL["nemotron_h"].items() if field != "num_hidden_layers"}
 AXES = {
     "hidden_size": [16, 24, 32],
     "moe_intermediate_size": [8, 16],
@@ -35,30 +36,7 @@ AXES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A parent with its tokenizer, another of the same vocabulary, and data, made on the spot."""
-    folder = tmp_path_factory.mktemp("run")
-    for name, seed in (("parent", 0), ("other", 1)):
-        tiny("nemotron_h", seed).save_pretrained(folder / name)
-        letters_tokenizer().save_pretrained(folder / name)
-    for name, sign in (("data", "+"), ("more", "-")):
-        rows = [{"prompt": f"{n}{sign}{n}=", "completion": str(2 * n)} for n in range(40)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def recipe(folder: Path, **changes: Any) -> Recipe:
-    data = str(folder / "data.jsonl")
-    stage = {"steps": 8, "sequence_length": 24, "rows": 2, "accumulate": 2, "warmup_steps": 2}
-    values = {
-        "parent": str(folder / "parent"),
-        "data": {"train": data, "heldout": data},
-        "sizes": {"full": {}, "small": WIDTHS, "prefix": {"hidden_size": 16}},
-        "multiple_of": {"hidden_size": 8},
-        "rank": {"samples": 16},
-        "balance": {"rate": 0.01},
-        "train": {"stages": [stage | {"learning_rate": 3e-3}], "save_every": 3},
-    }
-    return Recipe.model_validate_json(json.dumps(values | changes))
+    return make_data(tmp_path_factory.mktemp("run"))
 
 
 class Heard(Callback):
@@ -87,17 +65,13 @@ def stored(folder: Path) -> dict[str, Tensor]:
     return dict(Checkpoint.open(folder).tensors())
 
 
-def logged(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_writes_what_it_says(folder: Path, tmp_path: Path) -> None:
     out, heard, said = tmp_path / "out", Heard(), []
     written = train(recipe(folder), out, callbacks=[heard], say=said.append)
     assert written == out / "elastic"
     assert [line["step"] for line in logged(out)] == [*range(1, 9)]
     steps = [f"step {n}" for n in range(1, 9)]
-    saves = {3: "save 3", 6: "save 6", 8: "save 8"}
+    saves = {4: "save 4", 8: "save 8"}
     expected = [e for n, step in enumerate(steps, 1) for e in (step, saves.get(n)) if e]
     assert heard.events == ["begin 0 recipe", *expected, "end"]
     before, after = Checkpoint.open(out / "sorted"), Checkpoint.open(written)
@@ -120,7 +94,7 @@ def test_a_run_writes_what_it_says(folder: Path, tmp_path: Path) -> None:
 def test_tensorboard_has_the_same_scalars(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
-        train(recipe(folder), out, callbacks=[Heard(stop=4)])
+        train(recipe(folder), out, callbacks=[Heard(stop=5)])
     train(recipe(folder), out, resume=True)
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     for name in ("small", "full"):
@@ -133,22 +107,30 @@ def test_tensorboard_has_the_same_scalars(folder: Path, tmp_path: Path) -> None:
             rtol=1e-6,
             atol=0,
         )
-    assert len(board.Scalars("grad_norm")) == 8
+    for name in ("grad_norm", "learning_rate", "tokens"):
+        events = board.Scalars(name)
+        assert [event.step for event in events] == [*range(1, 9)]  # none twice
+        expected = [line[name] for line in logged(out)]
+        assert [event.value for event in events] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_sorted_parent_says_what_the_parent_says(folder: Path, tmp_path: Path) -> None:
-    train(recipe(folder), tmp_path / "out")
+def test_the_sorted_parent_says_what_the_parent_says(folder: Path, whole: Path) -> None:
     ids = token_ids()
-    found = ElasticModel.from_pretrained(tmp_path / "out" / "sorted").parent
+    found = ElasticModel.from_pretrained(whole.parent / "sorted").parent
     expected = ElasticModel.from_pretrained(folder / "parent").parent
     torch.testing.assert_close(logits(found, ids), logits(expected, ids), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [1, 4, 8])
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, never stopped."""
+    return train(recipe(folder), tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
 def test_an_interrupted_run_ends_like_one_that_was_not(
-    folder: Path, tmp_path: Path, stop: int
+    folder: Path, whole: Path, tmp_path: Path, stop: int
 ) -> None:
-    whole = train(recipe(folder), tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(recipe(folder), tmp_path / "out", callbacks=[Heard(stop)])
     assert not (tmp_path / "out" / "elastic").exists()
@@ -158,12 +140,22 @@ def test_an_interrupted_run_ends_like_one_that_was_not(
     assert [line["step"] for line in logged(tmp_path / "out")] == [*range(1, 9)]
 
 
-def test_a_run_never_overwrites_another(folder: Path, tmp_path: Path) -> None:
-    train(recipe(folder), tmp_path / "out")
-    before = stored(tmp_path / "out" / "elastic")
+def test_a_run_never_overwrites_another(folder: Path, whole: Path) -> None:
+    before, lines = stored(whole), logged(whole.parent)
     with pytest.raises(FileExistsError, match="holds a run already"):
-        train(recipe(folder), tmp_path / "out")
-    same(stored(tmp_path / "out" / "elastic"), before)
+        train(recipe(folder), whole.parent)
+    same(stored(whole), before)
+    assert logged(whole.parent) == lines
+
+
+def test_a_parent_that_was_not_sorted_to_the_end_is_sorted_again(
+    folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    """A kill may leave weights in their order, and nothing of sizes or scores."""
+    shutil.copytree(folder / "parent", tmp_path / "sorted.partial")
+    same(stored(train(recipe(folder), tmp_path, resume=True)), stored(whole))
+    assert not (tmp_path / "sorted.partial").exists()
+    assert len(Checkpoint.open(tmp_path / "sorted").space.submodels) == 3
 
 
 def test_a_router_finds_the_sizes(folder: Path, tmp_path: Path) -> None:
@@ -204,56 +196,50 @@ def test_sizes_whose_layers_differ_run_and_are_no_slice(folder: Path, tmp_path: 
 def test_a_mix_of_corpora_by_stage(folder: Path, tmp_path: Path) -> None:
     corpora = {n: {"path": str(folder / f"{n}.jsonl"), "weight": 1.0} for n in ("data", "more")}
     stage = {"steps": 2, "sequence_length": 24, "rows": 2}
-    stages = [stage, stage | {"mix": {"more": 1.0}}]
+    stages = [stage, stage | {"sequence_length": 48, "rows": 1, "mix": {"more": 1.0, "data": 0.0}}]
     plan = recipe(
         folder,
         data={"train": corpora, "heldout": str(folder / "data.jsonl")},
         train={"stages": stages},
     )
-    train(plan, tmp_path / "out")
+    tokenizer = letters_tokenizer()
+    first, second = (streams(plan, tokenizer)(number) for number in (0, 1))
+    signs = [set(tokenizer.convert_tokens_to_ids(["+", "-"]))] * 2
+    seen = [set(next(each).input_ids.flatten().tolist()) for each in (first, second)]
+    assert len(seen[0] & signs[0]) == 2 and len(seen[1] & signs[1]) == 1
+    assert next(first).input_ids.shape == (2, 24) and next(second).input_ids.shape == (1, 48)
+    whole = train(plan, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(plan, tmp_path / "out", callbacks=[Heard(stop=3)])
+    same(stored(train(plan, tmp_path / "out", resume=True)), stored(whole))
     assert [line["stage"] for line in logged(tmp_path / "out")] == [0, 0, 1, 1]
 
 
-def test_another_teacher_teaches(folder: Path, tmp_path: Path) -> None:
-    other = {"teacher": str(folder / "other")}
-    losses = [
-        logged(train(recipe(folder, distil=distil), tmp_path / name).parent)[0]["losses"]
-        for name, distil in (("own", {}), ("other", other))
-    ]
-    assert losses[0] != losses[1] and losses[0].keys() == losses[1].keys()
+def test_a_run_that_diverges_keeps_its_state(folder: Path, tmp_path: Path) -> None:
+    stage = {"steps": 4, "sequence_length": 24, "rows": 2, "warmup_steps": 0}
+    plan = recipe(folder, train={"stages": [stage | {"learning_rate": 1e37}]})
+    heard = Heard()
+    with pytest.raises(DivergedError, match=r"step 2 .* at size \w+, micro-batch 1; the state"):
+        train(plan, tmp_path / "out", callbacks=[heard])
+    assert heard.events == ["begin 0 recipe", "step 1", "save 1", "end"]
+    assert [path.name for path in (tmp_path / "out" / "state").iterdir()] == ["step-00000001"]
+    assert not (tmp_path / "out" / "elastic").exists() and len(logged(tmp_path / "out")) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden": 1.0}, "another teacher's hidden states are not the parent's"),
-        ({"teacher": "wider"}, "vocabulary 80, the parent's is 64"),
-        ({"teacher": "foreign"}, "has another tokenizer than the parent"),
-    ],
-)
-def test_a_teacher_that_cannot_teach(
-    folder: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    tiny("llama", vocab_size=80).save_pretrained(tmp_path / "wider")
-    letters_tokenizer().save_pretrained(tmp_path / "wider")
-    tiny("llama").save_pretrained(tmp_path / "foreign")
-    foreign = letters_tokenizer()
-    foreign.add_tokens(["new"])
-    foreign.save_pretrained(tmp_path / "foreign")
-    name = change.pop("teacher", None)
-    teacher = str(tmp_path / name) if name else str(folder / "other")
-    with pytest.raises(ValueError, match=message):
-        train(recipe(folder, distil={"teacher": teacher, **change}), tmp_path / "out")
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="it is installed")
+def test_a_listener_that_is_not_installed_is_told_at_once(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="report_to: wandb is not installed"):
+        train(recipe(folder, report_to=["wandb"]), tmp_path / "out")
+    assert not (tmp_path / "out" / "sorted").exists()
 
 
-@pytest.mark.parametrize("distil", [{"cross_entropy": 1.0}, {"hidden": 1.0}, {"temperature": 3.0}])
-def test_terms_of_the_loss(folder: Path, tmp_path: Path, distil: dict[str, float]) -> None:
-    stage = {"steps": 1, "sequence_length": 24, "rows": 2, "size_probs": {"small": 1.0}}
-    plain, other = (
-        logged(train(recipe(folder, distil=d, train={"stages": [stage]}), tmp_path / n).parent)
-        for n, d in (("plain", {}), ("other", distil))
-    )
-    assert other[0]["losses"]["small"] != plain[0]["losses"]["small"]
+def test_metrics_go_on_after_the_saved_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')  # killed amid a line
+    JsonLines(path).on_train_begin(2, {})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    JsonLines(path).on_train_begin(0, {})
+    assert path.read_text() == ""
 
 
 def test_a_parent_from_nothing(folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Joint training: the right gradients, the right draws, whatever the family."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,25 +8,15 @@ import torch
 from models import FAMILIES, SMALL, elastic, logits, same, standalone, tiny
 from reference import cut
 from torch import Tensor
-from training import SIZES, one_batch, optimise, trainer, weights
+from training import SIZES, one_batch, trainer, weights
 
 from star_elastic import stock
-from star_elastic.train import curriculum
+from star_elastic.budget import Metric
 from star_elastic.train.balance import Loads
-from star_elastic.train.callbacks import Callback
-from star_elastic.train.recipe import Balance, Stage
-from star_elastic.train.report import StepReport
+from star_elastic.train.recipe import Balance, Routing
+from star_elastic.train.router import Router
+from star_elastic.train.routing import RouterTraining
 from star_elastic.train.trainer import DivergedError, Trainer
-
-
-class Listener(Callback):
-    """Keeps every report."""
-
-    def __init__(self) -> None:
-        self.reports: list[StepReport] = []
-
-    def on_step_end(self, report: StepReport) -> None:
-        self.reports.append(report)
 
 
 def loss(trained: Trainer, size: str) -> Tensor:
@@ -136,7 +127,7 @@ def test_distillation_is_kl_to_the_teachers_logits() -> None:
     assert loss(trained, "small").item() == pytest.approx(kl.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("family", ["nemotron_h", "qwen3_moe", "llama-tied"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_several_sizes_share_one_lesson(family: str) -> None:
     """Their gradient is the mean of each one's; the teacher runs once."""
     apart = trainer(family, teach=True)
@@ -182,97 +173,6 @@ def test_every_size_learns(family: str, dtype: str) -> None:
     assert {tensor.dtype for tensor in trained.weights.values()} == {torch.float32}
 
 
-def test_reports_say_what_was_done() -> None:
-    trained, listener = trainer("llama", accumulate=3), Listener()
-    trained.callbacks = [listener]
-    trained.run()
-    assert [report.step for report in listener.reports] == [1, 2, 3, 4, 5, 6]
-    tokens = 0
-    stage = trained.settings.stages[0]
-    from training import stream
-
-    batches = stream()
-    for report in listener.reports:
-        drawn = [
-            name
-            for n in range(3)
-            for name in curriculum.drawn(
-                trained.settings, stage, trained.sizes, (), 3 * (report.step - 1) + n
-            )
-        ]
-        assert report.sizes == {size: drawn.count(size) for size in drawn}
-        assert report.losses.keys() == set(drawn)
-        tokens += sum(next(batches).tokens for _ in range(3))
-        assert report.tokens == tokens
-        assert report.learning_rate == curriculum.learning_rate(stage, report.step - 1)
-
-
-def test_stages_follow_one_another() -> None:
-    stages = [
-        Stage(steps=2, sequence_length=24, rows=2, learning_rate=1e-2, warmup_steps=1),
-        Stage(steps=3, sequence_length=24, rows=2, learning_rate=1e-3, size_probs={"small": 1.0}),
-    ]
-    trained, listener = trainer("llama", stages=stages), Listener()
-    trained.callbacks = [listener]
-    asked: list[int] = []
-    whole = trained.streams
-    trained.streams = lambda number: asked.append(number) or whole(number)
-    trained.run()
-    assert [report.stage for report in listener.reports] == [0, 0, 1, 1, 1]
-    assert asked == [0, 1]
-    assert {size for report in listener.reports[2:] for size in report.sizes} == {"small"}
-    assert listener.reports[2].learning_rate < 1e-3 / 40  # a warm-up of its own
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Any) -> None:
-    trained = trainer("nemotron_h", tmp_path, teach=True, steps=4)
-    trained.step()
-    before = weights(trained)
-    with torch.no_grad():
-        trained.weights["model.norm_f.weight"][0] = torch.inf
-    with pytest.raises(
-        DivergedError, match=r"step 2 .*loss nan at size \w+, micro-batch 1"
-    ) as stop:
-        trained.run()
-    assert "\n" not in str(stop.value)
-    others = {n: t for n, t in weights(trained).items() if n != "model.norm_f.weight"}
-    same(others, {n: before[n] for n in others})
-    again = trainer("nemotron_h", tmp_path, teach=True, steps=4)
-    assert again.resume() and again.position.step == 1
-
-
-def test_between_sizes_are_drawn_and_learned() -> None:
-    trained, listener = trainer("llama", steps=12, between=0.5, rungs=3), Listener()
-    trained.callbacks = [listener]
-    trained.run()
-    drawn = [size for report in listener.reports for size in report.sizes]
-    assert 0 < drawn.count(curriculum.BETWEEN) < 12
-
-
-def test_sizes_are_drawn_as_their_probabilities_say() -> None:
-    settings = optimise(size_probs={"full": 1.0, "small": 3.0})
-    sizes: dict[str, Any] = dict.fromkeys(SIZES, {})
-    draws = [curriculum.drawn(settings, settings.stages[0], sizes, (), n) for n in range(4000)]
-    names = [next(iter(draw)) for draw in draws]
-    assert 0.22 < names.count("full") / 4000 < 0.28
-    assert names.count("prefix") == 0
-    shared = optimise(size_probs={"full": 1.0, "small": 3.0}, same_size=4)
-    groups = [
-        next(iter(curriculum.drawn(shared, shared.stages[0], sizes, (), n))) for n in range(400)
-    ]
-    assert all(len({*groups[n : n + 4]}) == 1 for n in range(0, 400, 4))
-    assert len({*groups}) == 2
-
-
-def test_learning_rate() -> None:
-    stage = Stage(steps=102, warmup_steps=2, learning_rate=1.0, min_lr_ratio=0.1)
-    rates = [curriculum.learning_rate(stage, step) for step in range(103)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[52] == pytest.approx(0.55)
-    assert rates[102] == pytest.approx(0.1)
-    assert all(later < earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
-
-
 def test_balancing_moves_the_bias_of_the_size_that_ran() -> None:
     balance = Balance(rate=0.5)
     trained = trainer("nemotron_h", balance=balance, steps=1, size_probs={"small": 1.0})
@@ -308,3 +208,54 @@ def test_the_model_that_was_trained_is_the_one_in_memory() -> None:
     before = logits(model["small"], one_batch().input_ids)
     trainer("llama", model=model).run()
     assert not torch.equal(logits(model["small"], one_batch().input_ids), before)
+
+
+def diverged(trained: Trainer, message: str) -> str:
+    """Run; the error is one line that matches."""
+    with pytest.raises(DivergedError, match=message) as stop:
+        trained.run()
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    """Only the size that sees it is named; its step changes nothing and the state is on disk."""
+    changes: dict[str, Any] = dict(teach=True, accumulate=2, sizes_per_batch=3, steps=4)
+    trained = trainer("nemotron_h", tmp_path, balance=Balance(rate=0.1), **changes)
+    trained.step()
+    with torch.no_grad():
+        trained.weights["model.norm_f.weight"][-1] = torch.inf  # no smaller size has that channel
+    before = weights(trained)
+    said = diverged(trained, r"step 2 \(from micro-batch 2\): loss nan at size full, micro-batch 2")
+    assert "full, micro-batch 3" in said and "small" not in said and "prefix" not in said
+    same(weights(trained), before)
+    again = trainer("nemotron_h", tmp_path, teach=True, steps=4)
+    assert again.resume() and again.position.step == 1
+    same(weights(again), before)
+
+
+def test_a_learning_rate_that_blows_up_stops_the_run(tmp_path: Path) -> None:
+    trained = trainer("llama", tmp_path, learning_rate=1e37, warmup_steps=0, save_every=1)
+    diverged(trained, r"step 2 \(from micro-batch 1\): loss nan at size \w+, micro-batch 1")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("clip", [1.0, 1e9])
+def test_a_gradient_that_is_not_finite_stops_the_run(clip: float) -> None:
+    trained = trainer("llama", size_probs={"small": 1.0}, clip=clip)
+    before = weights(trained)
+    trained.parameters[0].register_hook(lambda grad: grad * torch.inf)
+    diverged(trained, r"step 1 \(from micro-batch 0\): gradient norm (nan|inf) after sizes small")
+    same(weights(trained), before)
+
+
+def test_a_gradient_of_the_router_that_is_not_finite_stops_the_run() -> None:
+    trained = trainer("llama", teach=True)
+    settings = Routing(axes={"hidden_size": [16, 24]}, every=1, width=8)
+    router = Router(trained.parts.layout, settings, Metric(kind="active"), [1.0, 0.6])
+    trained.routing = RouterTraining(router, trained.parts, {"full": 1.0, "small": 0.6})
+    first = next(router.parameters())
+    before = first.detach().clone()
+    first.register_hook(lambda grad: grad * torch.nan)
+    diverged(trained, r"step 1 .* gradient norm nan of the router")
+    assert torch.equal(first, before)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from star_elastic.model import ElasticModel
 from star_elastic.records import Batch, Record
+from star_elastic.train.callbacks import Callback
 from star_elastic.train.data import Source, Stream
 from star_elastic.train.distributed import World
 from star_elastic.train.parts import Parts
 from star_elastic.train.recipe import Balance, Optimise, Stage
+from star_elastic.train.report import StepReport
 from star_elastic.train.state import States
 from star_elastic.train.teacher import Teacher
 from star_elastic.train.trainer import Trainer
@@ -50,15 +52,27 @@ def trainer(
     """A trainer of the sizes of `models.elastic`; changes are those of `optimise`."""
     model = model or elastic(family)
     taught = ElasticModel(tiny(family))
+    settings = optimise(**changes)
+    stages = settings.stages
     return Trainer(
         Parts(model.layout, model.state),
         {name: size.config for name, size in model.sizes.items()},
-        optimise(**changes),
-        stream,
+        settings,
+        lambda n: stream(n, stages[n].rows, stages[n].sequence_length),
         Teacher(Parts(taught.layout, taught.state)) if teach else None,
         balance=balance,
         states=None if folder is None else States(folder, World()),
     )
+
+
+class Listener(Callback):
+    """Keeps every report."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+
+    def on_step_end(self, report: StepReport) -> None:
+        self.reports.append(report)
 
 
 def weights(trained: Trainer) -> dict[str, Tensor]:

@@ -83,6 +83,13 @@ class Batch:
             "seq_idx": self.documents,
         }
 
+    def split(self, count: int) -> "list[Batch]":
+        """Some rows each, as even as can be; at most one row a piece."""
+        fields = (self.input_ids, self.mask, self.targets)
+        parts = [tensor.tensor_split(count) for tensor in fields]
+        rest = (None,) * count if self.documents is None else self.documents.tensor_split(count)
+        return [Batch(*each) for each in zip(*parts, rest, strict=True) if len(each[0])]
+
     @property
     def tokens(self) -> int:
         """Real tokens, padding not counted."""

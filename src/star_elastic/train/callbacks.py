@@ -6,6 +6,7 @@ methods; `report_to: [wandb]` in a recipe adds that one.
 
 import importlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class JsonLines(Callback):
     def on_train_begin(self, step: int, recipe: Mapping[str, Any]) -> None:
         """Drop the lines of steps taken after the last saved state: they come again."""
         if self.path.exists():
-            lines = self.path.read_text("utf-8").splitlines(keepends=True)
-            self.path.write_text("".join(lines[:step]), "utf-8")
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            os.truncate(self.path, sum(map(len, lines[:step])))  # no moment without the others
 
     def on_step_end(self, report: StepReport) -> None:
         """Append the report."""
@@ -66,6 +67,11 @@ class TensorBoard(Callback):
         for name, value in report.scalars():
             self.writer.add_scalar(name, value, report.step)
 
+    def on_save(self, step: int) -> None:
+        """Write what waits in memory: a resume of that state does not come by these steps again."""
+        assert self.writer is not None
+        self.writer.flush()
+
     def on_train_end(self) -> None:
         """Close the event file."""
         if self.writer is not None:
@@ -76,20 +82,19 @@ class WeightsAndBiases(Callback):
     """Scalars for Weights & Biases, under the run's name; the package must be installed."""
 
     def __init__(self, name: str):
+        """Raises:
+        ValueError: wandb is not installed.
+        """
+        try:
+            self.wandb: Any = importlib.import_module("wandb")
+        except ImportError:
+            raise ValueError("report_to: wandb is not installed: pip install wandb") from None
         self.name = name
         self.run: Any = None
 
     def on_train_begin(self, step: int, recipe: Mapping[str, Any]) -> None:
-        """Start (or go on with) the run of this name.
-
-        Raises:
-            ValueError: wandb is not installed.
-        """
-        try:
-            wandb: Any = importlib.import_module("wandb")
-        except ImportError:
-            raise ValueError("report_to: wandb is not installed: pip install wandb") from None
-        self.run = wandb.init(
+        """Start (or go on with) the run of this name."""
+        self.run = self.wandb.init(
             project="star-elastic",
             name=self.name,
             id=self.name,

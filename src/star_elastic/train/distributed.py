@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from star_elastic.folder import CheckpointError, one_line
 from star_elastic.train.parts import Parts
 
 _PATIENCE = timedelta(hours=6)  # others wait while the first ranks the parent
@@ -144,10 +145,24 @@ def save(state: Mapping[str, Any], folder: Path, here: World) -> "Future[Any]":
 
 
 def load(state: Mapping[str, Any], folder: Path, here: World) -> None:
-    """Read tensors back into these very ones, however many processes wrote them."""
-    dcp.load(
-        dict(state),
-        storage_reader=dcp.FileSystemReader(folder),
-        process_group=here.savers,
-        no_dist=here.size == 1,
-    )
+    """Read tensors back into these very ones, however many processes wrote them.
+
+    Raises:
+        CheckpointError: they are damaged, or not these.
+    """
+    try:
+        dcp.load(
+            dict(state),
+            storage_reader=dcp.FileSystemReader(folder),
+            process_group=here.savers,
+            no_dist=here.size == 1,
+        )
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{folder}: no state of this run: {reason(error)}") from None
+
+
+def reason(failure: BaseException) -> str:
+    """What went wrong, in one line: the first process' error out of torch's pages around it."""
+    if isinstance(failure, dcp.CheckpointException):
+        failure = next(iter(failure.failures.values()))[0]
+    return one_line(failure) if isinstance(failure, Exception) else type(failure).__name__

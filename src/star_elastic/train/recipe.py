@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -12,12 +12,20 @@ from pydantic import Field, ValidationError, model_validator
 from star_elastic.folder import one_line
 from star_elastic.submodel import Strict
 
+_SCALARS = ("str", "int", "float")  # pydantic names the members of unions in its paths
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run: one line naming file, field and value."""
 
 
-class Corpus(Strict):
+class Section(Strict, allow_inf_nan=False):
+    """Part of a recipe: no number is infinite or none."""
+
+
+class Corpus(Section):
     """One source of training text: JSONL, a dataset folder, or a dataset of the hub."""
 
     path: str
@@ -26,10 +34,10 @@ class Corpus(Strict):
     loss_on: Literal["all", "completion"] = "all"
 
 
-class Data(Strict):
+class Data(Section):
     """Training text, one corpus or a mix by name, and held-out records (JSONL)."""
 
-    train: str | dict[str, Corpus]
+    train: str | Annotated[dict[str, Corpus], Field(min_length=1)]
     heldout: str
     loss_on: Literal["all", "completion"] = "all"  # where `train` is one path
 
@@ -41,7 +49,7 @@ class Data(Strict):
         return self.train
 
 
-class Rank(Strict):
+class Rank(Section):
     """The calibration pass that orders units, and layers if asked."""
 
     samples: int = Field(default=512, ge=1)
@@ -51,7 +59,7 @@ class Rank(Strict):
     one_block: bool = False  # hold one block of the parent at a time
 
 
-class Stage(Strict):
+class Stage(Section):
     """A stretch of training. A step is `accumulate` micro-batches of `rows` packed rows."""
 
     steps: int | None = Field(default=None, ge=1)
@@ -82,7 +90,7 @@ class Stage(Strict):
         return self.steps or max(1, round((self.tokens or 0) / self.tokens_per_step))
 
 
-class Distil(Strict):
+class Distil(Section):
     """What the sizes learn from, and how far they are from it."""
 
     teacher: str | None = None  # another model of the same vocabulary; default: the frozen parent
@@ -92,17 +100,17 @@ class Distil(Strict):
     hidden: float = Field(default=0.0, ge=0)  # weight of the last hidden states' distance
 
 
-class Balance(Strict):
+class Balance(Section):
     """How experts are kept busy while training."""
 
     rate: float = Field(default=0.0, ge=0)  # step of the sigmoid gate's balancing bias
     aux_loss: float = Field(default=0.0, ge=0)  # weight of the load-balancing loss
 
 
-class Routing(Strict):
+class Routing(Section):
     """The router: it learns which size serves a budget. Sizes given as shares are its budgets."""
 
-    axes: dict[str, list[int]]  # the choices of each axis
+    axes: dict[str, list[int]] = Field(min_length=1)  # the choices of each axis
     per_layer: list[str] = []  # axes on which layers may differ
     metric: Literal["params", "active", "memory", "latency"] = "active"
     context: int = Field(default=4096, ge=1)  # tokens a sequence, for memory
@@ -113,23 +121,24 @@ class Routing(Strict):
     warmup: int = Field(default=200, ge=0)  # updates on the budget alone, before training
     learning_rate: float = Field(default=1e-2, gt=0)
     width: int = Field(default=256, ge=1)  # of the hidden layer
-    temperature: tuple[float, float] = (1.0, 0.05)  # first and last, geometric in between
-    scale: tuple[float, float] = (1.0, 10.0)  # of the logits, linear in between
+    temperature: tuple[Positive, Positive] = (1.0, 0.05)  # first and last, geometric in between
+    scale: tuple[Positive, Positive] = (1.0, 10.0)  # of the logits, linear in between
     hard: float = Field(default=0.0, ge=0, le=1)  # share of updates on hard masks
     weight: float = Field(default=1.0, ge=0)  # of the budget loss
     dead_zone: float = Field(default=0.05, ge=0)  # relative miss that costs nothing
     anchor: float = Field(default=10.0, ge=0)  # pulls budget 1 to the full size
 
 
-class Optimise(Strict):
+class Optimise(Section):
     """The training loop."""
 
     stages: list[Stage] = Field(min_length=1)
     sizes_per_batch: int = Field(default=1, ge=1)  # sizes that learn from one micro-batch
     same_size: int = Field(default=1, ge=1)  # micro-batches in a row that share a draw of sizes
     between: float = Field(default=0.0, ge=0, lt=1)  # share of draws at sizes between the named
+    split: bool = False  # sizes above the mean take their rows in pieces: memory of the mean size
     rungs: int = Field(default=6, ge=1)  # how many of those, evenly spaced in active parameters
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)  # norm of the whole gradient
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
@@ -143,7 +152,7 @@ class Optimise(Strict):
         return sum(stage.length for stage in self.stages)
 
 
-class Init(Strict):
+class Init(Section):
     """A parent made from nothing: a stock config, and the tokenizer of some folder."""
 
     config: dict[str, Any]
@@ -151,14 +160,14 @@ class Init(Strict):
     seed: int = 0
 
 
-class Alone(Strict):
+class Alone(Section):
     """How the baseline is trained: each size by itself from random weights."""
 
     learning_rate: float = Field(default=1e-3, gt=0)
     balance_rate: float = Field(default=0.0, ge=0)
 
 
-class Recipe(Strict):
+class Recipe(Section):
     """One run. With `parent`, sizes are distilled from it; with `init`, it is trained alone."""
 
     name: str = "recipe"
@@ -185,6 +194,8 @@ class Recipe(Strict):
         if self.parent is not None and self.train.sizes_per_batch > len(self.sizes):
             many = f"{self.train.sizes_per_batch} of {len(self.sizes)} sizes"
             raise ValueError(f"train.sizes_per_batch: {many}")
+        if self.train.between and "between" in self.sizes:
+            raise ValueError("sizes.between: with train.between that stands for nameless sizes")
         if self.router is not None and not any(isinstance(s, float) for s in self.sizes.values()):
             raise ValueError("router: no size is given as a share, so there is no budget to learn")
         return self
@@ -247,9 +258,12 @@ def _put(values: Any, path: list[str], value: Any) -> None:
 
 def _first_line(error: ValidationError) -> str:
     errors = error.errors()  # a misspelt key that is required is missing, too: say the misspelling
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    deepest = max(errors, key=lambda error: len(error["loc"]))  # of a union: the likeliest meant
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), deepest)
     loc = [str(part) for part in first["loc"]]
-    where = ".".join(part for part in loc if "[" not in part)  # no pydantic names of unions
+    where = ".".join(part for part in loc if "[" not in part and part not in _SCALARS)
+    if first["type"] == "value_error":  # our own words
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
     if first["type"] != "extra_forbidden":
         return f"{where or 'recipe'}: {first['msg']} (got {first['input']!r:.80})"
     known = _keys_beside(first["loc"])

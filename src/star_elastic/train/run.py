@@ -6,6 +6,7 @@ Under `torchrun` every process calls `train`; the first one ranks and writes.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel, load_tokenizer
 from star_elastic.sources import open_records
 from star_elastic.submodel import ElasticSpace, Fields, Training
-from star_elastic.train import plan
+from star_elastic.train import curriculum, plan
 from star_elastic.train.callbacks import Callback, JsonLines, TensorBoard, WeightsAndBiases
 from star_elastic.train.data import Source, Stream
-from star_elastic.train.distributed import World, world
+from star_elastic.train.distributed import World, shard, world
 from star_elastic.train.load import load_parts, whole_state
 from star_elastic.train.parts import Parts
 from star_elastic.train.recipe import Recipe
@@ -56,6 +57,7 @@ def train(
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is false.
+        ValueError: what the recipe says cannot be.
         Interrupted: on Ctrl-C or SIGTERM, after the state was saved.
         DivergedError: a loss or gradient is not finite.
     """
@@ -63,6 +65,7 @@ def train(
         held = (SORTED, ELASTIC, PARENT, STATE)
         if here.any(not resume and any((out / part).exists() for part in held)):
             raise FileExistsError(f"{out} holds a run already; --resume goes on with it")
+        curriculum.check_processes(recipe.train, here.size)  # before the long pass, not after
         out.mkdir(parents=True, exist_ok=True)
         run = _Run(recipe, out, here, say if here.is_first else _silent)
         return run.train(resume, callbacks)
@@ -108,8 +111,9 @@ class _Run:
         self.say = say
 
     def train(self, resume: bool, callbacks: Sequence[Callback]) -> Path:
+        listeners = self._listeners(callbacks)
         trainer, dtypes, tokenizer = self._prepare()
-        trainer.callbacks = self._listeners(callbacks)
+        trainer.callbacks = listeners
         if resume and trainer.resume():
             self.say(f"going on from step {trainer.position.step}")
         values = json.loads(self.recipe.model_dump_json())
@@ -126,7 +130,7 @@ class _Run:
         if self.recipe.init is not None:
             model = make_parent(self.recipe)
             nn.Module.to(model.parent, self.here.device)
-            parts = Parts(model.layout, model.state)
+            parts = shard(Parts(model.layout, model.state), self.here, self._gather())
             sizes: dict[str, Fields] = {"full": {}}
             trainer = self._trainer(parts, sizes, model.tokenizer)
             return trainer, dict.fromkeys(model.layout.weights, torch.float32), model.tokenizer
@@ -146,7 +150,10 @@ class _Run:
         folder = self.out / SORTED
         if self.here.is_first and not folder.is_dir():
             self.say("ranking and reordering the parent")
-            write_sorted(self.recipe, folder)
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # what a kill left behind
+            write_sorted(self.recipe, partial)
+            partial.rename(folder)
         self.here.wait()
         return Checkpoint.open(folder, check_digests=self.here.is_first)
 

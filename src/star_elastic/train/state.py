@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_elastic.folder import one_line, read_json, write_json
+from star_elastic.folder import read_json, replace_json
 from star_elastic.train import distributed
 from star_elastic.train.distributed import World
 
@@ -41,23 +41,25 @@ class States:
         self.here = here
         self._saving: tuple[Future[Any], Path] | None = None
 
-    def save(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
+    def save(self, position: Position, tensors: Mapping[str, Tensor]) -> bool:
         """Begin to write a state; the one before is waited for, and is then the newest whole one.
 
+        Returns:
+            False if the state of this step is there already.
+
         Raises:
-            OSError: the state before could not be written (a full disk); older ones are kept.
+            OSError: this or the one before cannot be written (a full disk); older ones are kept.
         """
         self.wait()
         target = self.folder / f"step-{position.step:08d}"
         if target.exists():
-            return
+            return False
         partial = target.with_suffix(".partial")
-        if self.here.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_json(partial / _POSITION, asdict(position))
-        self.here.wait()
+        failure = _begin(partial, position) if self.here.is_first else None
+        if self.here.any(failure is not None):
+            self._abandon(target, failure)
         self._saving = distributed.save(tensors, partial, self.here), target
+        return True
 
     def wait(self) -> None:
         """Until what was begun is on disk under its name.
@@ -79,7 +81,11 @@ class States:
         self.here.wait()
 
     def load(self, tensors: Mapping[str, Tensor]) -> Position | None:
-        """Restore the newest whole state into these very tensors; None if there is none."""
+        """Restore the newest whole state into these very tensors; None if there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or of a run with other tensors.
+        """
         if self.here.is_first:  # what a kill left behind
             for partial in self.folder.glob("step-*.partial"):
                 shutil.rmtree(partial)
@@ -97,8 +103,9 @@ class States:
         partial = target.with_suffix(".partial")
         if self.here.is_first:
             shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(self.folder).free
-        why = one_line(failure) if isinstance(failure, Exception) else "another process failed"
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        why = "another process failed" if failure is None else distributed.reason(failure)
         kept = self._whole()
         newest = kept[-1].name if kept else "none"
         raise OSError(
@@ -106,3 +113,14 @@ class States:
             f"state not written ({why}; {free:,} bytes free); newest whole state: {newest}",
             str(target),
         )
+
+
+def _begin(partial: Path, position: Position) -> OSError | None:
+    """The folder of a state, with its position; what the disk has against it, if anything."""
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        replace_json(partial / _POSITION, asdict(position))
+    except OSError as error:
+        return error
+    return None

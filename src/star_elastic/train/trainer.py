@@ -21,12 +21,13 @@ from star_elastic.train.callbacks import Callback
 from star_elastic.train.data import Stream
 from star_elastic.train.distillation import Lesson, loss, predicting
 from star_elastic.train.distributed import World, whole
+from star_elastic.train.draws import Draws
 from star_elastic.train.interrupt import Interrupted, stop_requests
 from star_elastic.train.parts import Cut, Parts, Skeletons
+from star_elastic.train.pieces import in_pieces
 from star_elastic.train.recipe import Balance, Distil, Optimise
 from star_elastic.train.report import Gathered, StepReport, counts, means
 from star_elastic.train.routing import RouterTraining
-from star_elastic.train.sizes import rungs
 from star_elastic.train.state import Position, States
 from star_elastic.train.teacher import Teacher
 
@@ -82,9 +83,8 @@ class Trainer:
             settings.weight_decay,
         )
         self.skeletons = Skeletons(parts)
-        self.multiple_of = dict(multiple_of or {})
+        self.draws = Draws(parts.layout, settings, self.sizes, multiple_of or {})
         self._stream: tuple[int, Stream] | None = None
-        self._between: tuple[str, list[Fields]] | None = None
         curriculum.check_processes(settings, self.here.size)
 
     def resume(self) -> bool:
@@ -126,9 +126,9 @@ class Trainer:
         """Write the state from which `resume` goes on, while training does."""
         if self.states is None:
             return
-        self.states.save(self.position, self._state())
-        for callback in self.callbacks:
-            callback.on_save(self.position.step)
+        if self.states.save(self.position, self._state()):
+            for callback in self.callbacks:
+                callback.on_save(self.position.step)
         if wait:
             self.states.wait()
 
@@ -156,9 +156,7 @@ class Trainer:
                 if routed[number]:
                     self._train_router(batch, done, first + number, shares[1], gathered)
                 else:
-                    drawn = curriculum.drawn(
-                        self.settings, place.stage, self.sizes, self._rungs(), first + number
-                    )
+                    drawn = self.draws.of(place.stage, first + number)
                     self._train_sizes(batch, drawn, shares[0], first + number, gathered)
         rate = curriculum.learning_rate(place.stage, place.step)
         norm = self._gradient_norm(gathered)
@@ -212,13 +210,17 @@ class Trainer:
         number: int,
         gathered: Gathered,
     ) -> None:
+        stage = curriculum.place(self.settings, self.position.step).stage
         with self._autocast():
             lesson = self.teacher.lesson(batch) if self.teacher else None
         for name, fields in sizes.items():
-            with self._autocast():
-                found = self.loss(batch, fields, lesson, gathered.loads)
-            (found * (share / len(sizes))).backward()
-            gathered.add("losses", name, found.item(), number)
+            total = 0.0
+            for piece, taught, part in in_pieces(batch, lesson, self.draws.pieces(stage, fields)):
+                with self._autocast():
+                    found = self.loss(piece, fields, taught, gathered.loads)
+                (found * (part * share / len(sizes))).backward()
+                total += part * found.item()
+            gathered.add("losses", name, total, number)
         gathered.tokens += batch.tokens
 
     def _train_router(
@@ -241,9 +243,14 @@ class Trainer:
             DivergedError: naming what is not finite.
         """
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)).item()
-        sizes = ", ".join(gathered.losses)
-        if not math.isfinite(norm) and not gathered.bad:
-            gathered.bad.append(f"gradient norm {norm} after sizes {sizes}")
+        learned = self.routing.router.parameters() if self.routing else ()
+        routed = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None]).item()
+        for of, value in (
+            (f"after sizes {', '.join(gathered.losses)}", norm),
+            ("of the router", routed),
+        ):
+            if not math.isfinite(value) and not gathered.bad:
+                gathered.bad.append(f"gradient norm {value} {of}")
         if self.here.any(bool(gathered.bad)):
             self.optimizer.zero_grad()
             bad = [line for lines in self.here.gather(gathered.bad) for line in lines]
@@ -296,16 +303,6 @@ class Trainer:
                 stream.seek(self.position.data)
             self._stream = number, stream
         return self._stream[1]
-
-    def _rungs(self) -> Sequence[Fields]:
-        """The sizes between the named ones that are trained now and then."""
-        if not self.settings.between:
-            return ()
-        key = repr(self.sizes)
-        if self._between is None or self._between[0] != key:
-            found = rungs(self.parts.layout, self.sizes, self.settings.rungs, self.multiple_of)
-            self._between = key, found
-        return self._between[1]
 
     def _routes(self, micro_batch: int, done: float) -> bool:
         group = micro_batch // self.settings.same_size
