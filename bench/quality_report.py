@@ -10,11 +10,11 @@ Rows = Sequence[dict[str, Any]]
 
 def tables(rows: Rows) -> str:
     """Markdown: every experiment and size, then the curve of sizes nobody trained."""
-    named = [row for row in rows if not row["size"].startswith("between")]
-    parts = [_table(named)]
-    between = [row for row in rows if row["experiment"] == "nested" and "sorted" not in row["size"]]
-    if between:
-        parts.append(_curve(between))
+    parts = [_table([row for row in rows if not row["size"].startswith("between")])]
+    for experiment in ("nested", "between"):
+        curve = [row for row in rows if row["experiment"] == experiment]
+        if curve := [row for row in curve if "sorted" not in row["size"]]:
+            parts.append(f"{experiment}:\n\n{_curve(curve)}")
     return "\n\n".join(parts)
 
 
@@ -41,9 +41,10 @@ def _curve(rows: Rows) -> str:
     """Sizes by active parameters: trained ones by name, others against the line between those."""
     lines = ["| active | trained | accuracy | NLL | NLL on the line |", "|" + " --- |" * 5]
     points = []
-    for (size,), found in _grouped(rows, "size").items():
+    for found in _grouped(rows, "active").values():
+        found = [group[0] for group in _grouped(found, "seed").values()]  # budgets may share a size
         values = (mean(row[key] for row in found) for key in ("active", "accuracy", "nll"))
-        points.append((*values, size, found))
+        points.append((*values, found[0]["size"], found))
     points.sort(key=lambda point: point[0])
     for active, _, _, size, found in points:
         trained = "" if size.startswith("between") else size

@@ -1,5 +1,6 @@
 """`star-elastic train`: a recipe, run to its end or resumed."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,8 @@ def train(
     from star_elastic.train.run import train as run
 
     stock.quiet()
-    console = Console(stderr=True)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one speaks
+    console = Console(stderr=True, quiet=not first)
     plan = load_recipe(recipe, set_ or ())
     live = LiveLosses(console, plan.train.steps)
     try:
@@ -41,4 +43,5 @@ def train(
         console.print(f"\nstopped; to go on: {command}", soft_wrap=True, markup=False)
         number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
         raise typer.Exit(128 + number) from None
-    print(folder)
+    if first:
+        print(folder)

@@ -67,11 +67,6 @@ class TensorBoard(Callback):
         for name, value in report.scalars():
             self.writer.add_scalar(name, value, report.step)
 
-    def on_save(self, step: int) -> None:
-        """Write what waits in memory: a resume of that state does not come by these steps again."""
-        assert self.writer is not None
-        self.writer.flush()
-
     def on_train_end(self) -> None:
         """Close the event file."""
         if self.writer is not None:
