@@ -114,23 +114,18 @@ class Checkpoint:
 
     def in_memory(self, weights: Iterable[Weight]) -> Iterator[tuple[str, Tensor]]:
         """Whole tensors under their in-memory names, one at a time; fused ones are put together."""
-        pieces: dict[str, list[Weight]] = {}
-        for piece in self.layout.stored.values():
-            pieces.setdefault(piece.place[0], []).append(piece)
         for weight in weights:
             shape = weight.shape(self.layout.sizes)
             whole = torch.empty(shape, dtype=self.dtype_of(weight))
-            stored = pieces[weight.name]
+            stored = self.layout.pieces[weight.name]
             for piece, tensor in zip(stored, self.read(p.name for p in stored), strict=True):
                 self.layout.view({weight.name: whole}, piece).copy_(tensor)
             yield weight.name, whole
 
     def dtype_of(self, weight: Weight) -> torch.dtype:
         """The dtype in which an in-memory tensor is stored."""
-        for piece in self.layout.stored.values():
-            if piece.place[0] == weight.name:
-                return getattr(torch, _DTYPES[self.stored[piece.name].dtype])
-        raise KeyError(weight.name)
+        first = self.layout.pieces[weight.name][0]
+        return getattr(torch, _DTYPES[self.stored[first.name].dtype])
 
     def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
         """KV cache bytes of one token, in the dtype of the weights."""

@@ -94,6 +94,14 @@ class Layout:
                 weights[name] = replace(weight, name=name, dims=dims, expert=None)
         return weights
 
+    @cached_property
+    def pieces(self) -> dict[str, list[Weight]]:
+        """In-memory name -> the published tensors that make it up: one, or every expert's."""
+        pieces: dict[str, list[Weight]] = {}
+        for weight in self.stored.values():
+            pieces.setdefault(weight.place[0], []).append(weight)
+        return pieces
+
     def kept(
         self, child: Sizes, weights: Mapping[str, Weight] | None = None
     ) -> Iterator[tuple[str, Weight]]:
