@@ -22,11 +22,12 @@ import torch
 from bench.quality_report import tables
 from demo.data import data_files
 from star_elastic import stock
+from star_elastic.between import interpolate
 from star_elastic.budget import Metric, choices
 from star_elastic.evaluate import evaluate_size, mean
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record, read_records
-from star_elastic.search import calibration_loss, interpolate, search
+from star_elastic.search import calibration_loss, search
 from star_elastic.submodel import Fields
 from star_elastic.symbols import DEPTH
 from star_elastic.train.baselines import train_alone

@@ -32,11 +32,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import elastic
 
-    from star_elastic import checkpoint
+    from star_elastic import tensors
 
     folder = tmp_path_factory.mktemp("sharded") / "elastic"
     model = elastic("nemotron_h")
-    checkpoint.write(folder, model.state, model.layout, model.space, max_shard_size=20_000)
+    tensors.write(folder, model.state, model.layout, model.space, max_shard_size=20_000)
     return folder
 
 

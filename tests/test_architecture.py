@@ -11,14 +11,15 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "star_elastic"
 FILES = sorted(SRC.rglob("*.py"))
 LEVELS = [  # imports point to a lower line
-    {"families"},
-    {"shapes"},
+    {"families", "dtypes"},
+    {"shapes", "folder"},
     {"symbols"},
     {"layout"},
-    {"submodel", "scan", "conv", "records", "folder"},
-    {"card", "stock", "sources"},
-    {"checkpoint", "budget"},
-    {"model", "grid", "slicing"},
+    {"submodel", "scan", "conv", "records", "corner", "packed", "hub"},
+    {"card", "configs", "sources", "transfer"},
+    {"checkpoint", "budget", "stock"},
+    {"tensors", "grid", "slicing"},
+    {"model", "between"},
     {"rank", "evaluate", "latency"},
     {"search"},
     {"train"},  # training may rank and evaluate

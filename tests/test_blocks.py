@@ -8,7 +8,7 @@ from models import FAMILIES, elastic, logits, same, tiny, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from star_elastic import checkpoint, rank, stock
+from star_elastic import rank, stock, tensors
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.model import ElasticModel
 from star_elastic.rank.blocks import Blocks, Flow
@@ -18,7 +18,7 @@ RESIDENT_AND_FETCHED = [pytest.param(False, id="resident"), pytest.param(True, i
 
 def folder_of(model: PreTrainedModel, path: Path, shard: int = 5 * 10**9) -> Checkpoint:
     held = ElasticModel(model)
-    checkpoint.write(path, held.state, held.layout, None, max_shard_size=shard)
+    tensors.write(path, held.state, held.layout, None, max_shard_size=shard)
     return Checkpoint.open(path)
 
 

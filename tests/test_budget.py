@@ -36,7 +36,7 @@ def test_costs_are_what_the_layout_counts(family: str) -> None:
         sizes = layout.sizes_of(fields)
         params, active, memory = (metric.cost(layout, sizes) for metric in METRICS)
         assert params == layout.count(sizes) and active == layout.count_active(sizes)
-        assert memory == layout.memory(100, 3, sizes, torch.float32)
+        assert memory == layout.memory(100, 3, sizes, "float32")
 
 
 @pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.kind)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from models import SMALL, elastic, letters_tokenizer
 from typer.testing import CliRunner, Result
 
@@ -129,7 +128,7 @@ def test_a_budget_of_memory_counts_context_and_batch(folder: Path) -> None:
     found = answer("fit", folder / "m", "--memory", "1GiB", "--context", "1k", "--batch", 2)
     assert found["metric"] == "memory at context 1024, batch 2, float32"
     layout = opened.layout
-    full = layout.memory(1024, 2, layout.sizes, torch.float32)
+    full = layout.memory(1024, 2, layout.sizes, "float32")
     assert found["best"] == "full" and found["candidates"][0]["cost"] == full
     tight = answer("fit", folder / "m", "--memory", f"{full - 1}B", "--context", "1k", "--batch", 2)
     assert tight["best"] == "between" and tight["size"]["total_params"] < layout.count()

@@ -9,7 +9,7 @@ from models import FAMILIES, logits, tiny, tiny_config, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from star_elastic import checkpoint, rank
+from star_elastic import rank, tensors
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel
@@ -172,7 +172,7 @@ def test_a_planted_useless_decoder_layer_goes_first(family: str) -> None:
 def test_fetched_layers_are_ranked_bit_for_bit_alike(held: int, tmp_path: Path) -> None:
     model = deep("nemotron_h")
     parent = ElasticModel(model)
-    checkpoint.write(tmp_path / "parent", parent.state, parent.layout, None)
+    tensors.write(tmp_path / "parent", parent.state, parent.layout, None)
     blocks = Blocks.fetched(Checkpoint.open(tmp_path / "parent"))
     found = rank.layer_errors(blocks, calibration(), held=held)
     assert torch.equal(found, rank.layer_errors(Blocks(model), calibration(), held=held))

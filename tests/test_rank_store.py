@@ -12,7 +12,7 @@ from models import FAMILIES, SMALL, letters_tokenizer, logits, same, tiny, tiny_
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from star_elastic import checkpoint, rank
+from star_elastic import rank, tensors
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import CheckpointError
 from star_elastic.layout import Layout
@@ -33,7 +33,7 @@ def measured(family: str) -> tuple[Layout, rank.Raw]:
 def parent_folder(family: str, path: Path) -> Checkpoint:
     """A plain folder with a tokenizer."""
     model = ElasticModel(tiny(family))
-    checkpoint.write(path, model.state, model.layout, None, tokenizer=letters_tokenizer())
+    tensors.write(path, model.state, model.layout, None, tokenizer=letters_tokenizer())
     return Checkpoint.open(path)
 
 
@@ -229,7 +229,7 @@ def test_sorting_a_bfloat16_folder_keeps_every_dtype(tmp_path: Path) -> None:
     model.config.dtype = torch.bfloat16
     held = ElasticModel(model)
     state = {n: t.float() if "correction" in n else t for n, t in held.state.items()}
-    checkpoint.write(tmp_path / "parent", state, held.layout, None)
+    tensors.write(tmp_path / "parent", state, held.layout, None)
     opened = Checkpoint.open(tmp_path / "parent")
     rank.reorder_checkpoint(opened, rank.random_order(opened.layout, 1)[0], None, tmp_path / "s")
     written = Checkpoint.open(tmp_path / "s")

@@ -12,7 +12,7 @@ from folders import stock_load
 from models import letters_tokenizer, logits, same, tiny, token_ids
 from safetensors.torch import load_file
 
-from star_elastic import checkpoint, rank
+from star_elastic import rank, tensors
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.cli import build_app
 from star_elastic.model import ElasticModel
@@ -23,7 +23,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rank")
     model = ElasticModel(tiny("nemotron_h", hybrid_override_pattern="M*ME-E"))
     tokenizer = letters_tokenizer()
-    checkpoint.write(folder / "parent", model.state, model.layout, None, tokenizer=tokenizer)
+    tensors.write(folder / "parent", model.state, model.layout, None, tokenizer=tokenizer)
     rows = [{"prompt": f"{n}+{n}=", "completion": str(2 * n)} for n in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "parent"

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, SMALL, elastic, layout_of, letters_tokenizer
 
+from star_elastic.between import interpolate
 from star_elastic.budget import LatencyTable, Metric, choices
 from star_elastic.evaluate import evaluate_size
+from star_elastic.grid import holds
 from star_elastic.records import Record
-from star_elastic.search import calibration_loss, holds, interpolate, search
+from star_elastic.search import calibration_loss, search
 from star_elastic.submodel import Fields
 
 HYBRID, LLAMA = layout_of("nemotron_h"), layout_of("llama")

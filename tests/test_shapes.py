@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from star_elastic.shapes import Dim, Shape, parse, runs, take, width
+from star_elastic.shapes import Dim, Shape, cuts, narrow, parse, runs, width
 
 SYMBOLS = "abcd"
 
@@ -59,6 +59,10 @@ shapes = st.lists(dims(), min_size=1, max_size=2).map(tuple)
 
 def extent(shape: Shape, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(width(dim, sizes) for dim in shape)
+
+
+def take(tensor: Tensor, shape: Shape, parent: dict[str, int], child: dict[str, int]) -> Tensor:
+    return narrow(tensor, cuts(shape, parent, child))
 
 
 def numbered(shape: Shape, sizes: dict[str, int]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from star_elastic import stock
+from star_elastic import configs, stock
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel
@@ -103,7 +103,7 @@ def test_limits_of_dt_that_the_config_sets_are_kept() -> None:
     model = stock.mend(AutoModelForCausalLM.from_config(config))
     mixers = [m for m in model.modules() if isinstance(m, NemotronHMamba2Mixer)]
     assert [tuple(mixer.time_step_limit) for mixer in mixers] == [(0.01, 0.05)] * 2
-    again = AutoConfig.for_model(**(stock.config_json(config)))
+    again = AutoConfig.for_model(**(configs.config_json(config)))
     assert tuple(again.time_step_limit) == (0.01, 0.05)
     assert again.time_step_min == 0.01
 
@@ -111,7 +111,7 @@ def test_limits_of_dt_that_the_config_sets_are_kept() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_json_reads_back_as_the_config(family: str, tmp_path: Path) -> None:
     config = tiny_config(family)
-    values = stock.config_json(config)
+    values = configs.config_json(config)
     (tmp_path / "config.json").write_text(json.dumps(values, allow_nan=False))
     again = AutoConfig.from_pretrained(tmp_path)
     ours = {"time_step_min", "architectures", "_name_or_path"}
@@ -123,7 +123,7 @@ def test_config_json_reads_back_as_the_config(family: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_json_has_the_published_field_names(family: str) -> None:
-    values = stock.config_json(tiny_config(family))
+    values = configs.config_json(tiny_config(family))
     for field in SMALL[family]:
         parent = len(ORDER[family]) if field == DEPTH else CONFIGS[family][field]
         assert values[field] == parent
@@ -157,7 +157,7 @@ def test_build_on_meta_allocates_nothing() -> None:
 def test_a_child_config_differs_in_its_fields_only(family: str) -> None:
     layout, config = layout_of(family), tiny_config(family)
     fields = {field: value for field, value in SMALL[family].items() if field != DEPTH}
-    child = stock.child_config(layout, fields)
+    child = configs.child_config(layout, fields)
     before, after = config.to_dict(), child.to_dict()
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     alias = {"num_experts": "num_local_experts"} if family == "qwen3_moe" else {}
@@ -171,19 +171,19 @@ def test_a_child_config_differs_in_its_fields_only(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shallower_child_keeps_the_best_layers(family: str) -> None:
     layout, kept = layout_of(family), kept_layers(family, SMALL[family])
-    child = stock.child_config(layout, {DEPTH: len(kept)})
+    child = configs.child_config(layout, {DEPTH: len(kept)})
     assert child.num_hidden_layers == len(kept) < len(layout.blocks)
     assert Layout(child).blocks == [layout.blocks[layer] for layer in kept]
 
 
 def test_values_per_layer_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="LlamaConfig cannot express intermediate_size per layer"):
-        stock.child_config(layout_of("llama"), {"intermediate_size": [16, 8]})
+        configs.child_config(layout_of("llama"), {"intermediate_size": [16, 8]})
 
 
 def test_a_config_that_cannot_be_is_named() -> None:
     with pytest.raises(ValueError, match="LlamaConfig cannot express.*hidden_size"):
-        stock.child_config(layout_of("llama"), {"hidden_size": "wide"})  # type: ignore[dict-item]
+        configs.child_config(layout_of("llama"), {"hidden_size": "wide"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize("family", MIXERS)

@@ -12,9 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from star_elastic.layout import Layout
 from star_elastic.shapes import Sizes
@@ -53,7 +51,7 @@ class LatencyTable(Strict):
         if len(self.milliseconds) != points:
             raise ValueError(f"milliseconds: {len(self.milliseconds)} values for {points} points")
         for value in self.milliseconds:
-            if not (math.isfinite(value) and value > 0):
+            if value <= 0:
                 raise ValueError(f"milliseconds: {value} is no time")
         return self
 
@@ -63,14 +61,18 @@ class LatencyTable(Strict):
         Differentiable where `sizes` holds tensors; at a grid point the slope is the left one.
         """
         values = [value_on(layout, sizes, field) for field in self.axes]
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        grid = torch.tensor(self.milliseconds, dtype=torch.float64)
-        grid = grid.reshape([len(choices) for choices in self.axes.values()])
-        grid = grid.to(tensors[0].device) if tensors else grid
+        corners: list[tuple[int, Any]] = [(0, 1.0)]  # flat index, weight
         for value, choices in zip(values, self.axes.values(), strict=True):
-            low, fraction = _place(value, choices)
-            grid = grid[low] * (1 - fraction) + grid[min(low + 1, len(choices) - 1)] * fraction
-        return grid.to(tensors[0].dtype) if tensors else grid.item()
+            low, share = _place(value, choices)
+            high = min(low + 1, len(choices) - 1)
+            corners = [
+                (flat * len(choices) + n, weight * part)
+                for flat, weight in corners
+                for n, part in ((low, 1 - share), (high, share))
+            ]
+        total: Any = sum(weight * self.milliseconds[flat] for flat, weight in corners)
+        soft = [value for value in values if hasattr(value, "item")]
+        return total.to(soft[0].dtype) if soft else total
 
     def check(self, layout: Layout) -> None:
         """Hold the grid against a parent.
@@ -110,8 +112,7 @@ class Metric(Strict):
         if self.table is not None:
             return self.table.at(layout, sizes)
         if self.kind == "memory":
-            dtype = getattr(torch, self.dtype)
-            return layout.memory(self.context, self.batch, sizes, dtype)
+            return layout.memory(self.context, self.batch, sizes, self.dtype)
         return layout.count(sizes) if self.kind == "params" else layout.count_active(sizes)
 
     def describe(self) -> str:
@@ -260,9 +261,9 @@ def _holds(layout: Layout, fields: Mapping[str, int]) -> bool:
 
 def _place(value: Any, grid: Sequence[int]) -> tuple[int, Any]:
     """The grid point below a value, and how far it is to the next: 0 to 1."""
+    soft = hasattr(value, "item")  # a tensor; this module itself needs no torch
     if len(grid) == 1:
-        return 0, 0.0
-    soft = isinstance(value, Tensor)
+        return 0, 0.0 * value.double() if soft else 0.0
     here = value.item() if soft else value
     low = min(max(bisect_left(grid, here) - 1, 0), len(grid) - 2)
     start, width = grid[low], grid[low + 1] - grid[low]

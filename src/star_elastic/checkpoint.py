@@ -1,54 +1,59 @@
 """The elastic checkpoint: an ordinary Hugging Face folder plus `elastic_config` (docs/format.md).
 
-`Checkpoint.open` reads configs and headers only, and refuses a folder that lies; `write` makes a
-checkpoint out of a parent in memory.
+`Checkpoint.open` reads configs and headers only, and refuses a folder that lies. Nothing here needs
+torch: what a checkpoint holds, and how to cut it, are questions about bytes.
 """
 
+import fnmatch
 import math
-import shutil
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
 
-from star_elastic import card, stock
+from star_elastic import card, configs, hub
+from star_elastic.dtypes import STORED, STORED_ITEMSIZE, dtype_of
 from star_elastic.folder import (
     CheckpointError,
     Stored,
-    atomic_folder,
+    check_links,
     digest,
     one_line,
+    open_inside,
     read_json,
     replace_json,
     stored_tensors,
-    write_json,
-    write_tensors,
 )
 from star_elastic.layout import Layout, Weight
-from star_elastic.shapes import Sizes, at, take
-from star_elastic.submodel import (
-    FORMAT_VERSION,
-    ElasticSpace,
-    Submodel,
-)
+from star_elastic.packed import is_quantized, packed_weights
+from star_elastic.shapes import Sizes, narrow
+from star_elastic.submodel import FORMAT_VERSION, ElasticSpace, Submodel
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_KEPT = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt")
-_GENERATION = "generation_config.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+QUANTIZATION = "hf_quant_config.json"
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+    "LICENSE*",
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified folder: its parent's config and layout, its sizes, and where each tensor is.
+    """A verified folder: its parent's config and layout, its sizes, where and what each tensor is.
 
-    A plain model folder (no `elastic_config`) opens too; its only size is the parent, `full`.
+    `weights` are `layout.stored`, or their codes and scales where the folder is quantized. A plain
+    model folder (no `elastic_config`) opens too; its only size is the parent, `full`.
     """
 
     path: Path
@@ -56,6 +61,7 @@ class Checkpoint:
     layout: Layout
     space: ElasticSpace
     stored: Mapping[str, Stored]
+    weights: Mapping[str, Weight]
     is_elastic: bool
 
     @classmethod
@@ -68,20 +74,19 @@ class Checkpoint:
         Raises:
             CheckpointError: one line naming file, and tensor or field.
         """
-        folder = _local(path)
-        config_path = folder / "config.json"
-        raw = read_json(config_path)
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            Layout(config)  # a family we know, sizes that divide
-        except Exception as error:
-            raise CheckpointError(f"{config_path}: {one_line(error)}") from None
-        layout, space = _declared(config_path, raw.get("elastic_config"), config)
+        folder = hub.local(path)
+        check_links(folder)
+        raw = read_json(folder / "config.json")
+        layout, space = _declared(folder / "config.json", raw)
         stored = stored_tensors(folder)
-        _check_tensors(folder, config, layout, stored)
+        try:
+            weights = packed_weights(layout, stored)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}/{error}") from None
+        _check_tensors(folder, layout, stored, weights)
         if check_digests:
-            _check_digests(folder, space)
-        return cls(folder, config, layout, space, stored, "elastic_config" in raw)
+            check_digests_of(folder, space)
+        return cls(folder, layout.config, layout, space, stored, weights, "elastic_config" in raw)
 
     def size(self, name: str) -> Submodel:
         """A named size.
@@ -95,15 +100,15 @@ class Checkpoint:
             names = ", ".join(self.space.sizes)
             raise CheckpointError(f"{self.path}: no size {name!r}; there are {names}") from None
 
-    def tensors(self, child: Sizes | None = None) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, child: Sizes | None = None) -> Iterator[tuple[str, "Tensor"]]:
         """The tensors of a submodel, one at a time, read from the parent's files."""
         child = child or self.layout.sizes
-        kept = list(self.layout.kept(child))
+        kept = list(self.layout.kept(child, self.weights))
         wholes = self.read(weight.name for _, weight in kept)
         for (name, weight), whole in zip(kept, wholes, strict=True):
-            yield name, take(whole, weight.dims, self.layout.sizes, at(child, weight.layer))
+            yield name, narrow(whole, weight.cuts(self.layout.sizes, child))
 
-    def read(self, names: Iterable[str]) -> Iterator[Tensor]:
+    def read(self, names: Iterable[str]) -> Iterator["Tensor"]:
         """Whole tensors by their names on disk, one at a time and in this order."""
         opened: dict[str, Any] = {}
         for name in names:
@@ -112,25 +117,9 @@ class Checkpoint:
                 opened[file] = safe_open(self.path / file, framework="pt")
             yield opened[file].get_tensor(name)
 
-    def in_memory(self, weights: Iterable[Weight]) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors under their in-memory names, one at a time; fused ones are put together."""
-        for weight in weights:
-            shape = weight.shape(self.layout.sizes)
-            whole = torch.empty(shape, dtype=self.dtype_of(weight))
-            stored = self.layout.pieces[weight.name]
-            for piece, tensor in zip(stored, self.read(p.name for p in stored), strict=True):
-                self.layout.view({weight.name: whole}, piece).copy_(tensor)
-            yield weight.name, whole
-
-    def dtype_of(self, weight: Weight) -> torch.dtype:
-        """The dtype in which an in-memory tensor is stored."""
-        first = self.layout.pieces[weight.name][0]
-        return getattr(torch, _DTYPES[self.stored[first.name].dtype])
-
     def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
         """KV cache bytes of one token, in the dtype of the weights."""
-        dtype = getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))
-        return self.layout.cache_bytes_per_token(child, dtype)
+        return self.layout.cache_bytes_per_token(child, dtype_of(self.config))
 
     def resident_bytes(self, child: Sizes | None = None) -> int:
         """Bytes of weights in memory to run this size alone, in the dtypes stored.
@@ -143,71 +132,14 @@ class Checkpoint:
         """Bytes of weights that a folder of this size takes on disk."""
         child = child or self.layout.sizes
         return sum(
-            math.prod(weight.shape(child)) * _itemsize(self.stored[weight.name])
-            for _, weight in self.layout.kept(child)
+            math.prod(weight.shape(child)) * STORED_ITEMSIZE[self.stored[weight.name].dtype]
+            for _, weight in self.layout.kept(child, self.weights)
         )
 
-
-def write(
-    target: str | Path,
-    state: Mapping[str, Tensor],
-    layout: Layout,
-    space: ElasticSpace | None,
-    source: Path | None = None,
-    tokenizer: Any = None,
-    overwrite: bool = False,
-    max_shard_size: int = 5 * 10**9,
-    beside: Mapping[str, Callable[[Path], None]] | None = None,
-) -> None:
-    """Write a parent in memory as a checkpoint, atomically.
-
-    Args:
-        state: the parent's state dict, in nested order.
-        space: its sizes; None writes a plain model folder.
-        source: the folder whose tokenizer, generation config and licence go along.
-        tokenizer: goes along, with a default generation config, where there is no such folder.
-        beside: files that go beside the weights (a router), by name, each with its writer.
-
-    Raises:
-        FileExistsError: the target exists and `overwrite` is false.
-    """
-    tensors = ((name, layout.view(state, weight)) for name, weight in layout.stored.items())
-    dtype = next(iter(state.values())).dtype
-    shard = max_shard_size
-    write_stored(target, tensors, layout, space, dtype, source, tokenizer, overwrite, shard, beside)
-
-
-def write_stored(
-    target: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    layout: Layout,
-    space: ElasticSpace | None,
-    dtype: torch.dtype,
-    source: Path | None = None,
-    tokenizer: Any = None,
-    overwrite: bool = False,
-    max_shard_size: int = 5 * 10**9,
-    beside: Mapping[str, Callable[[Path], None]] | None = None,
-) -> None:
-    """`write` for a parent that comes tensor by tensor, under its names on disk; see there."""
-    with atomic_folder(Path(target), overwrite) as folder:
-        digests = write_tensors(folder, tensors, max_shard_size)
-        for name, put in (beside or {}).items():
-            put(folder / name)
-            digests[name] = digest(folder / name)
-        values = stock.config_json(layout.config)
-        values.pop("elastic_config", None)
-        values["dtype"] = str(dtype).removeprefix("torch.")
-        if space is not None:
-            space = space.model_copy(update={"digests": digests})
-            values["elastic_config"] = space.model_dump()
-            (folder / "README.md").write_text(card.of_checkpoint(layout, space), "utf-8")
-        write_json(folder / "config.json", values)
-        if source is not None:
-            copy_companions(source, folder)
-        elif tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-            GenerationConfig.from_model_config(layout.config).save_pretrained(folder)
+    @property
+    def is_quantized(self) -> bool:
+        """Does any weight stand here as codes and scales?"""
+        return is_quantized(self.weights, self.layout)
 
 
 def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
@@ -226,21 +158,16 @@ def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
     )
 
 
-def _local(path: str | Path) -> Path:
-    if Path(path).exists():
-        return Path(path)
+def _declared(path: Path, values: Mapping[str, Any]) -> tuple[Layout, ElasticSpace]:
+    """The layout and the sizes that a `config.json` tells."""
     try:
-        wanted = ["*.json", "*.safetensors", *_KEPT]
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        config = configs.read_config(values)
+        layout = Layout(config)  # sizes that divide
+        layout.stored  # noqa: B018  (values that are no numbers show here)
     except Exception as error:
-        raise CheckpointError(
-            f"{path}: neither a folder nor a reachable repository ({one_line(error)})"
-        ) from None
-
-
-def _declared(path: Path, declared: Any, config: Any) -> tuple[Layout, ElasticSpace]:
-    if declared is None:
-        layout = Layout(config)
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
+    declared = values.get("elastic_config")
+    if "elastic_config" not in values:
         return layout, ElasticSpace.of(layout, {"full": {}}, trained=True)
     try:
         if isinstance(declared, dict) and declared.get("format_version") != FORMAT_VERSION:
@@ -253,43 +180,64 @@ def _declared(path: Path, declared: Any, config: Any) -> tuple[Layout, ElasticSp
         field = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: elastic_config.{field}: {first['msg']}") from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: elastic_config: {error}") from None
+        raise CheckpointError(f"{path}: elastic_config: {one_line(error)}") from None
     return layout, space
 
 
-def _check_tensors(folder: Path, config: Any, layout: Layout, stored: Mapping[str, Stored]) -> None:
-    allowed = {"float32", str(getattr(config, "dtype", None)).removeprefix("torch.")}
-    for name, weight in layout.stored.items():
+def _check_tensors(
+    folder: Path, layout: Layout, stored: Mapping[str, Stored], weights: Mapping[str, Weight]
+) -> None:
+    """Every tensor there, of the shape and dtype the config says, and no other."""
+    allowed = {"float32", dtype_of(layout.config)}
+    quantized = weights.keys() != layout.stored.keys()
+    if quantized and not declares_quantization(folder, layout.config):
+        name = min(weights.keys() - layout.stored.keys())
+        raise CheckpointError(f"{folder}: {name}: config.json declares no quantization_config")
+    for name, weight in weights.items():
         if name not in stored:
             raise CheckpointError(f"{folder}: {name}: missing")
-        file, dtype, shape = stored[name]
+        file, dtype, shape, *_ = stored[name]
         if shape != (expected := weight.shape(layout.sizes)):
             raise CheckpointError(f"{folder / file}: {name}: shape {shape}, expected {expected}")
-        if _DTYPES.get(dtype) not in allowed:
+        plain = weight is layout.stored.get(name)
+        if plain and STORED[dtype] not in allowed:
             raise CheckpointError(
                 f"{folder / file}: {name}: dtype {dtype}, expected {' or '.join(sorted(allowed))}"
             )
-    spare = {*layout.family.tied} if getattr(config, "tie_word_embeddings", False) else set()
-    for name in stored.keys() - layout.stored.keys() - spare:
+    spare = {*layout.family.tied} if getattr(layout.config, "tie_word_embeddings", False) else set()
+    for name in sorted(stored.keys() - weights.keys() - spare):
         if not name.startswith(layout.family.ignored or ("\0",)):
             raise CheckpointError(f"{folder / stored[name].file}: {name}: not in the model")
 
 
-def _check_digests(folder: Path, space: ElasticSpace) -> None:
+def declares_quantization(folder: Path, config: Any) -> bool:
+    """Does a folder say that its weights are quantized?"""
+    return bool(getattr(config, "quantization_config", None)) or (folder / QUANTIZATION).is_file()
+
+
+def check_digests_of(
+    folder: Path, space: ElasticSpace, progress: Callable[[int], None] | None = None
+) -> None:
+    """Hold every file that has a digest against it.
+
+    Raises:
+        CheckpointError: a file that is not there, or not the one that was written.
+    """
     for file, expected in space.digests.items():
-        path = folder / file
-        if Path(file).name != file or not path.is_file():
+        if Path(file).name != file or not os.path.lexists(folder / file):
             raise CheckpointError(f"{folder / 'config.json'}: elastic_config.digests: {file!r}")
-        if digest(path) != expected:
-            raise CheckpointError(f"{path}: digest differs from elastic_config.digests")
+        if digest(folder / file, progress) != expected:
+            raise CheckpointError(f"{folder / file}: digest differs from elastic_config.digests")
+
+
+def companions(folder: Path) -> list[str]:
+    """The files that go along with the weights: tokenizer, generation config, licence."""
+    names = sorted(entry.name for entry in os.scandir(folder) if not entry.is_dir())
+    return [name for name in names if any(fnmatch.fnmatch(name, p) for p in _COMPANIONS)]
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, generation config and licence go along with the weights."""
-    for pattern in (*_KEPT, _GENERATION, "LICENSE*"):
-        for path in source.glob(pattern):
-            shutil.copy(path, target / path.name)
-
-
-def _itemsize(stored: Stored) -> int:
-    return getattr(torch, _DTYPES[stored.dtype]).itemsize
+    for name in companions(source):
+        with os.fdopen(open_inside(source, name), "rb") as file:
+            (target / name).write_bytes(file.read())

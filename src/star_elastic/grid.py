@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from star_elastic import stock
+from star_elastic import configs
 from star_elastic.budget import Metric
 from star_elastic.layout import Layout
 from star_elastic.submodel import Fields, check_fields, per_layer
@@ -20,7 +20,7 @@ def holds(layout: Layout, fields: Fields) -> bool:
     try:
         check_fields(layout, fields)
         if not per_layer(fields):
-            stock.child_config(layout, fields)
+            configs.child_config(layout, fields)
     except ValueError:
         return False
     return True
@@ -99,7 +99,7 @@ def grid_of(layout: Layout, metric: Metric, axes: Mapping[str, Sequence[int]]) -
         raise ValueError("no axis to shrink, or an axis without choices")
     smallest = {axis: min(choices) for axis, choices in axes.items()}
     check_fields(layout, smallest)
-    stock.child_config(layout, smallest)
+    configs.child_config(layout, smallest)
     for axis, choices in axes.items():
         for choice in choices:
             try:

@@ -9,20 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from star_elastic.shapes import Dim, Shape, Sizes, at, parse, take, width
+from star_elastic.dtypes import ITEMSIZE
+from star_elastic.shapes import Dim, Run, Shape, Sizes, at, cuts, narrow, parse, width
 from star_elastic.symbols import DEPTH, family_of, resolve, symbol_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Weight:
     """One tensor: its name, its named shape, and where it sits in the in-memory model.
 
-    `place` is (in-memory name, segment of a fused tensor's first inner dimension).
+    `place` is (in-memory name, segment of a fused tensor's first inner dimension). `blocks` tells,
+    per dimension, how many elements one stored index holds: two 4-bit codes, 16 under a scale.
     """
 
     name: str
@@ -32,11 +34,23 @@ class Weight:
     place: tuple[str, int]
     suffix: str  # the name inside its layer, as the family's table writes it
     is_buffer: bool = False
+    blocks: tuple[int, ...] = ()
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """The sizes of all dimensions, e.g. (10304, 2688)."""
         sizes = at(sizes, self.layer)
-        return tuple(width(dim, sizes) for dim in self.dims)
+        widths = (width(dim, sizes) for dim in self.dims)
+        if not self.blocks:
+            return tuple(widths)
+        return tuple(n // block for n, block in zip(widths, self.blocks, strict=True))
+
+    def cuts(self, parent: Sizes, child: Sizes) -> list[tuple[int, list[Run]]]:
+        """The dimensions that a child shortens, and the runs it keeps of each; `shapes.cuts`."""
+        child = at(child, self.layer)
+        try:
+            return cuts(self.dims, at(parent, self.layer), child, self.blocks)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
 
 class Layout:
@@ -139,7 +153,7 @@ class Layout:
         kept = self.kept_layers(self.sizes_of(fields))
         return Layout(config, [kept.index(n) for n in self.layer_order if n in kept])
 
-    def view(self, state: Mapping[str, Tensor], weight: Weight) -> Tensor:
+    def view(self, state: "Mapping[str, Tensor]", weight: Weight) -> "Tensor":
         """The part of an in-memory tensor that is stored on disk as `weight`."""
         name, part = weight.place
         tensor = state[name]
@@ -149,10 +163,9 @@ class Layout:
         start = width(inner[:part], self.sizes)
         return tensor[weight.expert].narrow(0, start, width(weight.dims[0], self.sizes))
 
-    def take(self, name: str, tensor: Tensor, child: Sizes) -> Tensor:
+    def take(self, name: str, tensor: "Tensor", child: Sizes) -> "Tensor":
         """The child's part of the in-memory tensor `name`."""
-        weight = self.weights[name]
-        return take(tensor, weight.dims, self.sizes, at(child, weight.layer))
+        return narrow(tensor, self.weights[name].cuts(self.sizes, child))
 
     def count(self, sizes: Sizes | None = None) -> Any:
         """Parameters of a submodel, embeddings included, buffers not; differentiable in sizes."""
@@ -179,41 +192,31 @@ class Layout:
             for kind, text in self.family.cache.get(part, {}).items()
         }
 
-    def cache_bytes_per_token(
-        self, sizes: Sizes | None = None, dtype: torch.dtype = torch.bfloat16
-    ) -> Any:
+    def cache_bytes_per_token(self, sizes: Sizes | None = None, dtype: str = "bfloat16") -> Any:
         """Bytes that one more token of context adds to the KV cache; differentiable in sizes."""
-        return dtype.itemsize * self._cache_elements(".token.", sizes or self.sizes)
+        return ITEMSIZE[dtype] * self._cache_elements(".token.", sizes or self.sizes)
 
     def cache_bytes(
-        self,
-        context: int,
-        batch: int = 1,
-        sizes: Sizes | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        self, context: int, batch: int = 1, sizes: Sizes | None = None, dtype: str = "bfloat16"
     ) -> dict[str, Any]:
         """Bytes of KV, conv and SSM state for `batch` sequences of `context` tokens.
 
         The SSM state has the dtype of the config's `mamba_ssm_cache_dtype` (fp32 by default).
         """
         sizes = sizes or self.sizes
-        ssm = getattr(torch, getattr(self.config, "mamba_ssm_cache_dtype", "float32"))
+        ssm = ITEMSIZE[getattr(self.config, "mamba_ssm_cache_dtype", "float32")]
         return {
             "kv": context * batch * self.cache_bytes_per_token(sizes, dtype),
-            "conv": batch * dtype.itemsize * self._cache_elements(".conv", sizes),
-            "ssm": batch * ssm.itemsize * self._cache_elements(".ssm", sizes),
+            "conv": batch * ITEMSIZE[dtype] * self._cache_elements(".conv", sizes),
+            "ssm": batch * ssm * self._cache_elements(".ssm", sizes),
         }
 
     def memory(
-        self,
-        context: int,
-        batch: int = 1,
-        sizes: Sizes | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        self, context: int, batch: int = 1, sizes: Sizes | None = None, dtype: str = "bfloat16"
     ) -> Any:
         """Bytes to run a submodel: weights, KV cache, conv and SSM state."""
         state = self.cache_bytes(context, batch, sizes, dtype)
-        return dtype.itemsize * self.count(sizes) + sum(state.values())
+        return ITEMSIZE[dtype] * self.count(sizes) + sum(state.values())
 
     def _cache_elements(self, kind: str, sizes: Sizes) -> Any:
         return sum(

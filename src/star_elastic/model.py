@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from star_elastic import checkpoint, stock
+from star_elastic import stock, tensors
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import CheckpointError, one_line
 from star_elastic.layout import Layout
@@ -52,6 +52,7 @@ class ElasticModel:
             CheckpointError: the folder is not what it says; see `Checkpoint.open`.
         """
         opened = Checkpoint.open(path, check_digests)
+        tensors.refuse_codes(opened)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             opened.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
@@ -128,7 +129,7 @@ class ElasticModel:
             FileExistsError: the folder exists and `overwrite` is false.
         """
         with torch.no_grad():
-            checkpoint.write(
+            tensors.write(
                 path, self.state, self.layout, self.space, self.source, self.tokenizer, overwrite
             )
 

@@ -14,10 +14,10 @@ Glossary
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Segment = tuple[str, ...]
 Dim = tuple[Segment, ...]
@@ -53,26 +53,36 @@ def runs(dim: Dim, parent: Sizes, child: Sizes) -> list[Run]:
     return kept
 
 
-def cuts(shape: Shape, parent: Sizes, child: Sizes) -> list[tuple[int, list[Run]]]:
-    """The dimensions that a child shortens, and the runs it keeps of each."""
-    kept = [(position, runs(dim, parent, child)) for position, dim in enumerate(shape)]
-    return [(n, found) for n, found in kept if found != [(0, width(shape[n], parent))]]
+def cuts(
+    shape: Shape, parent: Sizes, child: Sizes, blocks: tuple[int, ...] = ()
+) -> list[tuple[int, list[Run]]]:
+    """The dimensions that a child shortens, and the runs it keeps of each.
+
+    Args:
+        blocks: per dimension, how many elements one stored index holds (two 4-bit codes in a byte,
+            16 elements under one scale); runs are told in stored indices.
+
+    Raises:
+        ValueError: a cut inside a block.
+    """
+    found = []
+    for position, dim in enumerate(shape):
+        block = blocks[position] if blocks else 1
+        kept, whole = runs(dim, parent, child), width(dim, parent)
+        if kept != [(0, whole)]:
+            found.append((position, [_blocked(run, block) for run in kept]))
+    return found
 
 
-def narrow(tensor: Tensor, found: Iterable[tuple[int, list[Run]]]) -> Tensor:
+def narrow(tensor: "Tensor", found: Iterable[tuple[int, list[Run]]]) -> "Tensor":
     """What `cuts` leaves of a tensor: a view wherever one run suffices, else a copy.
 
     Differentiable: gradients of the part flow into the whole.
     """
     for position, kept in found:
         pieces = [tensor.narrow(position, *run) for run in kept]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, position)
+        tensor = pieces[0] if len(pieces) == 1 else _joined(pieces, position)
     return tensor
-
-
-def take(tensor: Tensor, shape: Shape, parent: Sizes, child: Sizes) -> Tensor:
-    """The child's part of the parent's tensor; see `narrow`."""
-    return narrow(tensor, cuts(shape, parent, child))
 
 
 def at(sizes: Sizes, layer: int | None) -> Sizes:
@@ -80,6 +90,12 @@ def at(sizes: Sizes, layer: int | None) -> Sizes:
     if layer is None:
         return sizes
     return {s: value[layer] if isinstance(value, list) else value for s, value in sizes.items()}
+
+
+def _joined(pieces: "list[Tensor]", position: int) -> "Tensor":
+    import torch  # here only: cutting files needs this module and no torch
+
+    return torch.cat(pieces, position)
 
 
 def _value(symbol: str, sizes: Sizes) -> Any:
@@ -95,6 +111,13 @@ def _corner(outer: list[int], inner: list[int]) -> list[Run]:
         return [(0, inner[0] * stride)]
     nested = _corner(outer[1:], inner[1:])
     return [(unit * stride + start, length) for unit in range(inner[0]) for start, length in nested]
+
+
+def _blocked(run: Run, block: int) -> Run:
+    start, length = run
+    if start % block or length % block:
+        raise ValueError(f"elements {start} to {start + length} do not fill blocks of {block}")
+    return start // block, length // block
 
 
 def _append(kept: list[Run], run: Run) -> None:

@@ -1,11 +1,66 @@
-"""One size as a stock folder of its own, cut out of an elastic checkpoint with no training."""
+"""Sizes as stock folders of their own, cut out of an elastic checkpoint with no training.
 
+No model is built and no tensor is held whole: bytes go from file to file through one buffer, and
+several sizes are cut in one pass over the parent.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from star_elastic import card, stock
-from star_elastic.checkpoint import Checkpoint, copy_companions
-from star_elastic.folder import atomic_folder, write_json, write_tensors
+import numpy as np
+
+from star_elastic import card, configs, packed
+from star_elastic.checkpoint import QUANTIZATION, Checkpoint, copy_companions
+from star_elastic.corner import Corner, corner_of, total, union
+from star_elastic.dtypes import STORED, STORED_ITEMSIZE
+from star_elastic.folder import (
+    Reader,
+    Shards,
+    Spec,
+    atomic_folder,
+    check_room,
+    read_json,
+    write_json,
+)
+from star_elastic.layout import Weight
+from star_elastic.shapes import Sizes
 from star_elastic.submodel import Fields, Submodel, check_fields, submodel
+from star_elastic.symbols import DEPTH
+from star_elastic.transfer import transfer
+
+Progress = Callable[[int], None]  # hears of every bunch of bytes read
+_METADATA = 2**20  # bytes of configs, tokenizer and cards, about
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a slice: its own name and shape, the parent's tensor, the part of it."""
+
+    name: str
+    weight: Weight
+    spec: Spec
+    corner: Corner
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a slice before the first byte moves."""
+
+    size: Submodel
+    config: dict[str, Any]
+    quantization: dict[str, Any] | None  # of `hf_quant_config.json`
+    sizes: Sizes
+    pieces: Mapping[str, Piece]  # by the parent's tensor, in the parent's order
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of weights that it takes on disk."""
+        return sum(piece.spec.bytes for piece in self.pieces.values())
 
 
 def slice_checkpoint(
@@ -21,26 +76,148 @@ def slice_checkpoint(
     Exactly one of `size` (a name) and `fields` (config fields) says which.
 
     Raises:
-        CheckpointError: no such size.
+        CheckpointError: no such size; a parent that cannot be read, or changes meanwhile.
         ValueError: a size this parent cannot hold, or that the stock class cannot express.
         FileExistsError: the target exists and `overwrite` is false.
+        OSError: the disk is full, or another process is writing the target.
     """
     if (size is None) == (fields is None):
         raise ValueError("slice: say either a size's name or config fields")
-    if Path(target).resolve() == checkpoint.path.resolve():
-        raise ValueError(f"slice: {target} is the checkpoint itself")
-    if size is not None:
-        cut = checkpoint.size(size)
-    else:
-        check_fields(checkpoint.layout, fields or {})
-        cut = submodel(checkpoint.layout, "custom", fields or {}, trained=False)
-    config = stock.child_config(checkpoint.layout, cut.config)
-    with atomic_folder(Path(target), overwrite) as folder:
-        child = checkpoint.layout.sizes_of(cut.config)
-        write_tensors(folder, checkpoint.tensors(child), max_shard_size)
-        write_json(folder / "config.json", stock.config_json(config))
-        (folder / "README.md").write_text(
-            card.of_slice(checkpoint.path.name, cut, checkpoint.space), "utf-8"
-        )
-        copy_companions(checkpoint.path, folder)
+    cut = custom(checkpoint, fields or {}) if size is None else checkpoint.size(size)
+    slice_all(checkpoint, {Path(target): cut}, overwrite, max_shard_size)
     return cut
+
+
+def custom(checkpoint: Checkpoint, fields: Fields, name: str = "custom") -> Submodel:
+    """A size that nobody named.
+
+    Raises:
+        ValueError: a size this parent cannot hold.
+    """
+    check_fields(checkpoint.layout, fields)
+    return submodel(checkpoint.layout, name, fields, trained=False)
+
+
+def slice_all(
+    checkpoint: Checkpoint,
+    targets: Mapping[Path, Submodel],
+    overwrite: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> None:
+    """Cut several sizes, each into its own folder, in one pass over the parent; see
+    `slice_checkpoint`."""
+    _refuse_source(checkpoint, targets)
+    plans = {target: plan(checkpoint, size) for target, size in targets.items()}
+    for target in plans:
+        check_room(target, sum(each.bytes + _METADATA for each in plans.values()))
+    with ExitStack() as stack:
+        folders = {
+            target: stack.enter_context(atomic_folder(target, overwrite)) for target in plans
+        }
+        with Reader(checkpoint.path, checkpoint.stored) as reader, ExitStack() as files:
+            shards = [
+                files.enter_context(Shards(folders[target], _specs(each), max_shard_size))
+                for target, each in plans.items()
+            ]
+            _cut(reader, list(plans.values()), shards, progress)
+        for target, each in plans.items():
+            _write_beside(checkpoint, each, folders[target])
+
+
+def plan(checkpoint: Checkpoint, size: Submodel) -> Plan:
+    """Names, shapes and bytes of a slice.
+
+    Raises:
+        ValueError: the stock class cannot express it, or it cuts inside a block of codes.
+    """
+    layout = checkpoint.layout
+    config = configs.config_json(configs.child_config(layout, size.config))
+    child = layout.sizes_of(size.config)
+    quantization = None
+    if checkpoint.is_quantized:
+        kept = {layer: n for n, layer in enumerate(layout.kept_layers(child))}
+        here = kept if DEPTH in size.config else {layer: layer for layer in kept}
+        if "quantization_config" in config:
+            declared = packed.renumbered(config["quantization_config"], here)
+            config["quantization_config"] = declared
+        if (checkpoint.path / QUANTIZATION).is_file():
+            beside = read_json(checkpoint.path / QUANTIZATION)
+            quantization = packed.renumbered(beside, here)
+    pieces = {piece.weight.name: piece for piece in _pieces(checkpoint, child)}
+    ordered = {name: pieces[name] for name in checkpoint.stored if name in pieces}
+    return Plan(size, config, quantization, child, ordered)
+
+
+def bytes_to_read(plans: Sequence[Plan]) -> int:
+    """Bytes of the parent that these slices need: rows that any of them keeps, once."""
+    found = 0
+    for corners in _by_tensor(plans).values():
+        found += corners[0][1].corner.row * total(union(p.corner.rows for _, p in corners))
+    return found
+
+
+def _pieces(checkpoint: Checkpoint, child: Sizes) -> Iterator[Piece]:
+    parent = checkpoint.layout.sizes
+    for name, weight in checkpoint.layout.kept(child, checkpoint.weights):
+        dtype = checkpoint.stored[weight.name].dtype
+        corner = corner_of(weight, STORED_ITEMSIZE[dtype], parent, child)
+        yield Piece(name, weight, Spec(name, dtype, weight.shape(child)), corner)
+
+
+def _specs(planned: Plan) -> list[Spec]:
+    return [piece.spec for piece in planned.pieces.values()]
+
+
+def _by_tensor(plans: Sequence[Plan]) -> dict[str, list[tuple[int, Piece]]]:
+    found: dict[str, list[tuple[int, Piece]]] = {}
+    for number, each in enumerate(plans):
+        for name, piece in each.pieces.items():
+            found.setdefault(name, []).append((number, piece))
+    return found
+
+
+def _cut(
+    reader: Reader, plans: Sequence[Plan], shards: Sequence[Shards], progress: Progress | None
+) -> None:
+    wanted = {
+        name: [
+            (piece.corner, partial(_write, shards[number], plans[number], piece))
+            for number, piece in pieces
+        ]
+        for name, pieces in _by_tensor(plans).items()
+    }
+    transfer(reader, {name: wanted[name] for name in reader.names if name in wanted}, progress)
+
+
+def _write(shard: Shards, planned: Plan, piece: Piece, data: memoryview) -> None:
+    told = piece.name.endswith(packed.SHAPE)
+    shard.write(_shape_of(planned, piece) if told else data)
+
+
+def _shape_of(planned: Plan, piece: Piece) -> memoryview:
+    """The one tensor whose values change: it tells the shape of the codes beside it."""
+    codes = planned.pieces[piece.weight.name.replace(packed.SHAPE, "weight_packed")].weight
+    shape = [n * block for n, block in zip(codes.shape(planned.sizes), codes.blocks, strict=True)]
+    return np.array(shape, STORED[piece.spec.dtype]).view(np.uint8).data
+
+
+def _write_beside(checkpoint: Checkpoint, planned: Plan, folder: Path) -> None:
+    write_json(folder / "config.json", planned.config)
+    if planned.quantization is not None:
+        write_json(folder / QUANTIZATION, planned.quantization)
+    text = card.of_slice(checkpoint.path.resolve().name, planned.size, checkpoint.space)
+    (folder / "README.md").write_text(text, "utf-8")
+    copy_companions(checkpoint.path, folder)
+
+
+def _refuse_source(checkpoint: Checkpoint, targets: Mapping[Path, Submodel]) -> None:
+    source = checkpoint.path.resolve()
+    found = [target.resolve() for target in targets]
+    for target in found:
+        if target == source:
+            raise ValueError(f"slice: {target} is the checkpoint itself")
+        if target in source.parents:
+            raise ValueError(f"slice: {target} holds the checkpoint itself")
+    if len({*found}) < len(found):
+        raise ValueError(f"slice: {os.path.commonpath(found)}: two sizes for one folder")

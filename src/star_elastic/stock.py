@@ -3,7 +3,6 @@
 - Mixers of Nemotron-H clamp dt at the config's *initialisation* minimum when they prefill, and not
   at all when they decode (transformers <= 5.23). `mend` sets the config's own `time_step_limit`.
 - Their scan without the fused kernel is a slow reference. `use_chunk_scan` gives a model ours.
-- `save_pretrained` drops the legacy layer pattern that older readers want; `config_json` does not.
 - `batched_mm` experts copy every selected expert's weights per token: 40 x slower on a CPU;
   `grouped_mm` ones crash on rows that are no multiple of 16 bytes. Both give way to `eager`.
 - Mamba mixers zero padding before `in_proj`: with a bias there, left padding leaks into the first
@@ -21,17 +20,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 from transformers.utils import logging
 
+from star_elastic.configs import child_config
 from star_elastic.conv import causal_conv1d_fn
 from star_elastic.layout import Layout
 from star_elastic.scan import chunk_scan
 from star_elastic.submodel import Fields, per_layer
-from star_elastic.symbols import DEPTH, head_dim
-
-_SMALLEST_STEP, _LARGEST_STEP = 1e-30, 3e38
 
 
 def build(config: Any, device: str | None = None) -> PreTrainedModel:
@@ -85,36 +81,6 @@ def use_chunk_scan(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def child_config(layout: Layout, fields: Fields) -> Any:
-    """The parent's config with some fields replaced, checked by the stock class.
-
-    Raises:
-        ValueError: the stock class cannot express this size.
-    """
-    config = layout.config
-    if uneven := per_layer(fields):
-        raise ValueError(
-            f"{type(config).__name__} cannot express {min(uneven)} per layer; views can"
-        )
-    values = config.to_dict()
-    values.pop("elastic_config", None)
-    values["head_dim"] = head_dim(config)  # else a stock class derives it from the smaller widths
-    alias = getattr(type(config), "attribute_map", {})
-    values |= {alias.get(field, field): value for field, value in fields.items() if field != DEPTH}
-    if DEPTH in fields:
-        kept = layout.kept_layers(layout.sizes_of(fields))
-        values |= layout.family.depth(config, kept)
-    try:
-        child = type(config).from_dict(values)
-    except Exception as error:  # strict configs raise their own kinds
-        reason = str(error).strip().splitlines()[-1]
-        kind = type(config).__name__
-        raise ValueError(f"{kind} cannot express {dict(fields)}: {reason}") from None
-    child._attn_implementation = config._attn_implementation
-    child._experts_implementation = config._experts_implementation
-    return child
-
-
 def build_child(layout: Layout, fields: Fields) -> PreTrainedModel:
     """A stock model of a smaller size on `meta`; where sizes differ per layer, of stock layers."""
     uneven = per_layer(fields)
@@ -135,28 +101,6 @@ def build_child(layout: Layout, fields: Fields) -> PreTrainedModel:
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a stock causal LM."""
     return cast(nn.ModuleList, model.get_submodule("model.layers"))
-
-
-def config_json(config: Any) -> dict[str, Any]:
-    """`config.json` that stock classes, old readers and other engines read alike."""
-    values = config.to_dict()
-    values.pop("_name_or_path", None)
-    values.pop("auto_map", None)  # remote code does not travel, and is never run
-    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    for published, inner in type(config).attribute_map.items():
-        if inner in values and isinstance(values[inner], int):  # to_dict knows the inner name only
-            values[published] = values[inner]
-    if config.model_type == "nemotron_h":
-        values["hybrid_override_pattern"] = config.hybrid_override_pattern
-        values["num_hidden_layers"] = config.num_hidden_layers
-        low, high = config.time_step_limit
-        # Read by the stock mixer as the lower clamp of dt; otherwise only used to draw an initial
-        # dt_bias. 0 would break that draw (log 0), and no softplus in fp32 falls below 1e-30.
-        values["time_step_min"] = max(low, _SMALLEST_STEP)
-        values.pop("time_step_limit")
-        if (low, high) != (0.0, float("inf")):  # the default; infinity has no spelling in JSON
-            values["time_step_limit"] = [low, min(high, _LARGEST_STEP)]
-    return values
 
 
 def get_tensors(model: nn.Module) -> dict[str, Tensor]:

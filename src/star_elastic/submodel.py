@@ -21,7 +21,7 @@ _WHOLE = ("hidden_size", DEPTH)  # fields that no two layers can differ in
 class Strict(BaseModel):
     """Unknown keys and wrong types are errors; instances never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Axis(Strict):

@@ -34,7 +34,7 @@ def proposed(
     console: Console,
 ) -> list[Candidate]:
     """Named sizes within the budget, the one between two of them, the router's choice."""
-    from star_elastic.search import interpolate
+    from star_elastic.between import interpolate
 
     layout = opened.layout
     found = []

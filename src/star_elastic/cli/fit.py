@@ -53,9 +53,10 @@ def fit(
     chooses are compared. With --data a search joins them and the lowest measured loss wins.
     """
     from star_elastic import stock
+    from star_elastic.between import too_small
     from star_elastic.checkpoint import Checkpoint
     from star_elastic.model import ElasticModel
-    from star_elastic.search import calibration_loss, too_small
+    from star_elastic.search import calibration_loss
 
     stock.quiet()
     console = Console(stderr=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from star_elastic import stock
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.layout import Layout
+from star_elastic.tensors import in_memory
 
 HELD = 4 * 2**30  # bytes of hidden states that a group of batches may hold
 CalibrationBatch = tuple[Tensor, Tensor]  # token ids, mask of real tokens; each (batch, length)
@@ -160,7 +161,7 @@ def _load(
     weights = [w for w in checkpoint.layout.weights.values() if w.layer == layer]
     return {
         name: tensor.to(device, stock.loaded_dtype(model, name))
-        for name, tensor in checkpoint.in_memory(weights)
+        for name, tensor in in_memory(checkpoint, weights)
     }
 
 

@@ -9,11 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from star_elastic import stock
-from star_elastic.checkpoint import Checkpoint, write_stored
+from star_elastic.checkpoint import Checkpoint
+from star_elastic.dtypes import dtype_of
+from star_elastic.folder import Spec
 from star_elastic.layout import Layout, Weight
 from star_elastic.rank.criteria import Order
 from star_elastic.shapes import Segment, width
 from star_elastic.submodel import ElasticSpace
+from star_elastic.tensors import refuse_codes, write_stored
 
 
 @torch.no_grad()
@@ -41,7 +44,7 @@ def reorder_checkpoint(
     overwrite: bool = False,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write the parent of a folder in nested order, one tensor at a time: one shard in memory.
+    """Write the parent of a folder in nested order, one tensor in memory at a time.
 
     The new folder declares its layers' order and one size, `full`: sizes of the old order are none
     of the new one. Without a `layer_order` that of the checkpoint, if any, stays.
@@ -54,26 +57,28 @@ def reorder_checkpoint(
         raise ValueError(f"rank: {target} is the checkpoint itself")
     layout = Layout(checkpoint.config, layer_order or checkpoint.layout.layer_order)
     space = ElasticSpace.of(layout, {"full": {}}, trained=True)
-    dtype = getattr(torch, str(checkpoint.config.dtype or "float32").removeprefix("torch."))
+    refuse_codes(checkpoint)
+    stored = {name: checkpoint.stored[name] for name in layout.stored}
     write_stored(
         target,
+        [Spec(name, each.dtype, each.shape) for name, each in stored.items()],
         _sorted_tensors(checkpoint, orders),
         layout,
         space,
-        dtype,
+        getattr(torch, dtype_of(checkpoint.config)),
         source=checkpoint.path,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
     )
 
 
-def _sorted_tensors(checkpoint: Checkpoint, orders: Order) -> Iterator[tuple[str, Tensor]]:
+def _sorted_tensors(checkpoint: Checkpoint, orders: Order) -> Iterator[Tensor]:
     layout = checkpoint.layout
     names = {(weight.place, weight.expert): name for name, weight in layout.stored.items()}
     sources = (_source(layout, weight, orders) for weight in layout.stored.values())
     wholes = checkpoint.read(names[source.place, source.expert] for source in sources)
-    for (name, weight), whole in zip(layout.stored.items(), wholes, strict=True):
-        yield name, _permuted(layout, weight, whole, orders)
+    for weight, whole in zip(layout.stored.values(), wholes, strict=True):
+        yield _permuted(layout, weight, whole, orders)
 
 
 def _source(layout: Layout, weight: Weight, orders: Order) -> Weight:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from star_elastic import stock
+from star_elastic import configs, stock
 from star_elastic.evaluate import Quality, evaluate_size
 from star_elastic.model import ElasticModel
 from star_elastic.records import Record
@@ -53,7 +53,7 @@ def train_alone(
     """
     parent = ElasticModel.from_pretrained(str(recipe.parent))
     torch.manual_seed(recipe.train.seed)
-    fresh = stock.build(stock.child_config(parent.layout, fields)).float()
+    fresh = stock.build(configs.child_config(parent.layout, fields)).float()
     model = ElasticModel(fresh, tokenizer=parent.tokenizer)
     alone = {"learning_rate": recipe.alone.learning_rate, "size_probs": None}
     stages = [stage.model_copy(update=alone) for stage in recipe.train.stages]

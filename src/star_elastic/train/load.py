@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from star_elastic.checkpoint import Checkpoint
+from star_elastic.tensors import dtype_of, in_memory
 from star_elastic.train import distributed
 from star_elastic.train.distributed import World
 from star_elastic.train.parts import Parts
@@ -29,14 +30,14 @@ def load_parts(
     layout = opened.layout
     state: dict[str, Tensor] = {}
     for name, weight in layout.weights.items():
-        held = opened.dtype_of(weight) if dtype is None or weight.is_buffer else dtype
+        held = dtype_of(opened, weight) if dtype is None or weight.is_buffer else dtype
         tensor = torch.empty(weight.shape(layout.sizes), dtype=held, device=empty)
         state[name] = tensor if weight.is_buffer else nn.Parameter(tensor)
     parts = Parts(layout, state, here.device if offload and here.device != rest else None)
     if here.size > 1:
         parts = distributed.shard(parts, here, gather).to_empty(device=rest)
     targets = parts.tensors()
-    for name, tensor in opened.in_memory(layout.weights.values()):
+    for name, tensor in in_memory(opened, layout.weights.values()):
         distributed.fill(targets[name], tensor)
     return parts
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from star_elastic import checkpoint, stock
+from star_elastic import stock, tensors
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel, load_tokenizer
@@ -142,7 +142,7 @@ class _Run:
         routing = self._routing(parts, sizes)
         trainer = self._trainer(parts, sizes, tokenizer, teacher, routing)
         self._tell(opened.layout, trainer)
-        dtypes = {name: opened.dtype_of(w) for name, w in opened.layout.weights.items()}
+        dtypes = {name: tensors.dtype_of(opened, w) for name, w in opened.layout.weights.items()}
         return trainer, dtypes, tokenizer
 
     def _sorted(self) -> Checkpoint:
@@ -224,7 +224,7 @@ class _Run:
         if state is not None:
             source = None if trainer.teacher is None else self.out / SORTED
             layout = trainer.parts.layout
-            checkpoint.write(
+            tensors.write(
                 folder,
                 state,
                 layout,

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from star_elastic import stock
+from star_elastic import configs
+from star_elastic.between import interpolate
 from star_elastic.budget import Metric
 from star_elastic.layout import Layout
-from star_elastic.search import interpolate
 from star_elastic.submodel import Fields
 from star_elastic.train.recipe import Recipe, RecipeError
 
@@ -88,7 +88,7 @@ def _scaled(width: int, scale: float, multiple: int) -> int:
 
 def _expressible(layout: Layout, fields: dict[str, int]) -> bool:
     try:
-        stock.child_config(layout, fields)
+        configs.child_config(layout, fields)
     except ValueError:
         return False
     return True
