@@ -113,7 +113,7 @@ def test_slice_by_name_and_by_fields_loads_in_stock_transformers(run: Path) -> N
         (["--set", "mamba_num_heads=3"], "mamba_num_heads = 3 does not divide"),
         (["--set", "vocab_size=8"], "vocab_size is no axis"),
         (["--set", "hidden_size=many"], "not of the form field=number"),
-        ([], "either a size's name or config fields"),
+        ([], "say one of --size, --set"),
     ],
 )
 def test_bad_slices_are_one_line(run: Path, words: list[str], complaint: str) -> None:

@@ -5,7 +5,7 @@ runs of bytes. Everything that moves weights on disk is said in corners: slices,
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -57,6 +57,13 @@ class Corner:
                     :, offset : offset + length
                 ]
                 offset += length
+
+    def line(self, index: int) -> "Corner":
+        """What is kept of one row, byte by byte: that row is a tensor whose rows are bytes."""
+        kept = any(first <= index < first + count for first, count in self.rows)
+        begin = index * self.row
+        rows = tuple((begin + start, length) for start, length in self.columns if kept)
+        return replace(self, row=1, rows=rows, columns=((0, 1),))
 
 
 def corner_of(weight: Weight, itemsize: int, parent: Sizes, child: Sizes) -> Corner:
@@ -118,4 +125,4 @@ def total(runs: Iterable[Run]) -> int:
 def columns_of(rows: Bytes, columns: Sequence[Run]) -> Bytes:
     """Some runs of bytes of every row, as rows; a view where one run suffices."""
     parts = [rows[:, start : start + length] for start, length in columns]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return parts[0] if len(parts) == 1 else np.concatenate([rows[:, :0], *parts], axis=1)

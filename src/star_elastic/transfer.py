@@ -4,9 +4,8 @@ Every byte that any writer wants is read once, in the order of the files; while 
 out, the next is read.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import cycle
 from typing import NamedTuple
 
@@ -32,20 +31,22 @@ class _Block(NamedTuple):
 
 def transfer(
     reader: Reader,
-    wanted: Mapping[str, Wanted],
+    wanted: Mapping[str, Wanted] | Iterable[tuple[str, Wanted]],
     progress: Callable[[int], None] | None = None,
     block: int = BLOCK,
 ) -> None:
     """Read the rows that any corner wants and give every writer its own, tensor by tensor.
 
     Args:
-        wanted: by the tensors' names, in the order in which writers expect them.
+        wanted: by the tensors' names, in the order in which writers expect them; as pairs, a tensor
+            may come twice.
         progress: hears of the bytes of every block.
 
     Raises:
         CheckpointError: a file that cannot be read.
     """
-    blocks = (each for name in wanted for each in _blocks(name, wanted[name], block))
+    pairs = wanted.items() if isinstance(wanted, Mapping) else wanted
+    blocks = (each for name, takers in pairs for each in _blocks(name, takers, block))
     for (_, start, rows, row, takers), data in _read_ahead(reader, blocks, block):
         whole = data.reshape(rows, row)
         for corner, write in takers:
@@ -81,16 +82,8 @@ def _blocks(name: str, wanted: Wanted, size: int) -> Iterator[_Block]:
     if row > size:  # such a row is a tensor of its own whose rows are bytes
         for first, count in union(corner.rows for corner, _ in wanted):
             for index in range(first, first + count):
-                yield from _blocks(name, [(_row(c, index), write) for c, write in wanted], size)
+                yield from _blocks(name, [(c.line(index), write) for c, write in wanted], size)
         return
     for first, count in union(corner.rows for corner, _ in wanted):
         for start in range(first, first + count, size // row):
             yield _Block(name, start, min(size // row, first + count - start), row, wanted)
-
-
-def _row(corner: Corner, index: int) -> Corner:
-    """What a corner keeps of one row, byte by byte."""
-    kept = any(first <= index < first + count for first, count in corner.rows)
-    begin = index * corner.row
-    rows = tuple((begin + start, length) for start, length in corner.columns if kept)
-    return replace(corner, row=1, rows=rows, columns=((0, 1),))

@@ -1,14 +1,15 @@
-"""What `fit` compares: sizes within a budget, from wherever they come."""
+"""Sizes within a budget, from wherever they come: what `fit` compares and `slice` cuts."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
-    from star_elastic.budget import Metric
+    from star_elastic.budget import Kind, Metric
     from star_elastic.checkpoint import Checkpoint
     from star_elastic.submodel import Fields, Submodel
 
@@ -24,6 +25,37 @@ class Candidate:
     cost: float
     loss: float | None = None
     trained: bool = False
+
+
+def budget_of(given: Mapping[str, str | None], verb: str) -> tuple["Kind", float]:
+    """The kind of metric and the budget in its unit, from the flags' texts.
+
+    Raises:
+        ValueError: none of them or several, or no such number.
+    """
+    from star_elastic.budget import parse_bytes, parse_count, parse_milliseconds
+
+    flags = {kind: "--latency-ms" if kind == "latency" else f"--{kind}" for kind in given}
+    said: list[tuple[Any, str]] = [(kind, text) for kind, text in given.items() if text is not None]
+    if len(said) != 1:
+        *most, last = flags.values()
+        raise ValueError(f"{verb}: say one of {', '.join(most)} and {last}")
+    kind, text = said[0]
+    if kind == "latency":
+        return kind, parse_milliseconds(text, flags[kind])
+    return kind, (parse_bytes if kind == "memory" else parse_count)(text, flags[kind])
+
+
+def metric_of(opened: "Checkpoint", kind: "Kind", context: str, batch: int) -> "Metric":
+    """Parameters, or memory in the checkpoint's own dtype."""
+    from star_elastic.budget import Metric, parse_tokens
+    from star_elastic.dtypes import dtype_of
+
+    if kind != "memory":
+        return Metric(kind=kind)
+    dtype: Any = dtype_of(opened.config)
+    tokens = parse_tokens(context, "--context")
+    return Metric(kind=kind, context=tokens, batch=batch, dtype=dtype)
 
 
 def proposed(
@@ -105,6 +137,24 @@ def router_candidate(
             yield Candidate("router", fields, cost)
             return
     console.print(f"{path.name}: passed over, its choice costs {metric.amount(cost)}")
+
+
+def print_candidates(
+    console: Console,
+    metric: "Metric",
+    budget: float,
+    candidates: Sequence[Candidate],
+    best: Candidate,
+) -> None:
+    """Everything that was compared, the chosen one marked."""
+    title = f"within {metric.amount(budget)} ({metric.describe()})"
+    table = Table("", "candidate", "fields", "cost", "loss", title=title)
+    for each in candidates:
+        fields = ", ".join(f"{field}={value}" for field, value in each.fields.items())
+        loss = "not measured" if each.loss is None else f"{each.loss:.4f}"
+        mark = "*" if each is best else ""
+        table.add_row(mark, each.name, fields or "the parent's", metric.amount(each.cost), loss)
+    console.print(table)
 
 
 def _known(size: "Submodel") -> float | None:

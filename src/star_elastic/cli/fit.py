@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from star_elastic.cli.candidates import Candidate, best_of, proposed, searched
+from star_elastic.cli.candidates import (
+    Candidate,
+    best_of,
+    budget_of,
+    metric_of,
+    print_candidates,
+    proposed,
+    searched,
+)
 from star_elastic.cli.table import print_sizes, size_row
 
 if TYPE_CHECKING:
@@ -63,9 +70,13 @@ def fit(
     opened = Checkpoint.open(checkpoint)
     if store is not None:
         _check_name(opened, store)
-    kind, budget = _budget(
-        {"params": params, "active": active, "memory": memory, "latency": latency_ms}
-    )
+    said: dict[Kind, str | None] = {
+        "params": params,
+        "active": active,
+        "memory": memory,
+        "latency": latency_ms,
+    }
+    kind, budget = budget_of(said, "fit")
     steps = _steps(opened.space, multiple_of or [])
     offered = _offered(opened, axes or [], steps)
     timed = kind == "latency" and not (latency_table and latency_table.is_file())
@@ -87,21 +98,6 @@ def fit(
     if store is not None:
         _store(opened, size)
     _print(opened, metric, budget, candidates, best, size, json)
-
-
-def _budget(given: "Mapping[Kind, str | None]") -> tuple["Kind", float]:
-    """The kind of metric and the budget in its unit."""
-    from star_elastic.budget import Kind, parse_bytes, parse_count, parse_milliseconds
-
-    said: list[tuple[Kind, str]] = [
-        (kind, text) for kind, text in given.items() if text is not None
-    ]
-    if len(said) != 1:
-        raise ValueError("fit: say one of --params, --active, --memory and --latency-ms")
-    kind, text = said[0]
-    if kind == "latency":
-        return kind, parse_milliseconds(text, "--latency-ms")
-    return kind, (parse_bytes if kind == "memory" else parse_count)(text, f"--{kind}")
 
 
 def _steps(space: "ElasticSpace", texts: Sequence[str]) -> dict[str, int]:
@@ -145,12 +141,9 @@ def _metric(
     from star_elastic import latency
     from star_elastic.budget import Metric, parse_tokens
 
-    tokens = parse_tokens(context, "--context")
-    dtype: Any = str(opened.config.dtype or "float32").removeprefix("torch.")
-    if kind == "memory":
-        return Metric(kind=kind, context=tokens, batch=batch, dtype=dtype)
     if kind != "latency":
-        return Metric(kind=kind)
+        return metric_of(opened, kind, context, batch)
+    tokens = parse_tokens(context, "--context")
     if path is not None and path.is_file():
         table = latency.load(path, opened.layout)
         console.print(f"latency read from {path}")
@@ -236,15 +229,7 @@ def _print(
         found = {"metric": metric.describe(), "budget": budget, "best": best.name}
         print(json_.dumps({**found, "size": row, "candidates": tried}, indent=2))
         return
-    console = Console()
-    title = f"within {metric.amount(budget)} ({metric.describe()})"
-    table = Table("", "candidate", "fields", "cost", "loss", title=title)
-    for each in candidates:
-        fields = ", ".join(f"{field}={value}" for field, value in each.fields.items())
-        loss = "not measured" if each.loss is None else f"{each.loss:.4f}"
-        mark = "*" if each is best else ""
-        table.add_row(mark, each.name, fields or "the parent's", metric.amount(each.cost), loss)
-    console.print(table)
+    print_candidates(Console(), metric, budget, candidates, best)
     print_sizes([row], False)
     if text := warning(size, opened.space):
-        console.print(f"[red]{size.name}: {text}[/red]")
+        Console().print(f"[red]{size.name}: {text}[/red]")

@@ -82,6 +82,7 @@ LLAMA = Family(
     blocks=_decoder,
     depth=_depth,
     axes=("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"),
+    split=("intermediate_size", "num_attention_heads"),
     norms=frozenset(
         {"model.norm.weight", "input_layernorm.weight", "post_attention_layernorm.weight"}
     ),
@@ -123,6 +124,7 @@ QWEN3_MOE = replace(
     depth=_depth_moe,
     experts="num_experts",
     axes=(*LLAMA.axes, "moe_intermediate_size", "num_experts", "num_experts_per_tok"),
+    split=(*LLAMA.split, "moe_intermediate_size"),
     parts={
         **QWEN3.parts,
         "moe": {

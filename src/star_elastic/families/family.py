@@ -36,6 +36,7 @@ class Family:
     outside: Mapping[str, str]  # weights outside the layers
     parts: Mapping[str, Mapping[str, str]]  # part -> weights below `layer_prefix`
     axes: tuple[str, ...]  # config fields that may shrink
+    split: tuple[str, ...]  # axes that engines share out over tensor-parallel ranks
     norms: frozenset[str]  # RMS norms: they divide by the width that is kept
     # where units are masked: weight -> its dimensions; each unit once on its way through a layer
     masked: Mapping[str, tuple[int, ...]]

@@ -65,6 +65,13 @@ NEMOTRON_H = Family(
         "mamba_head_dim",
         "num_hidden_layers",
     ),
+    split=(
+        "intermediate_size",
+        "moe_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "num_attention_heads",
+        "mamba_num_heads",
+    ),
     derived={
         "mamba_heads": "mamba_num_heads / n_groups",
         "queries": "num_attention_heads / num_key_value_heads",
