@@ -51,7 +51,7 @@ def nano_config(pattern: str = PATTERN, experts: int = 128) -> NemotronHConfig:
 
 
 def write_parent(folder: Path, pattern: str = PATTERN, sparse: bool = False) -> Layout:
-    """A parent of random bytes, or of none at all (a sparse file), that declares three sizes."""
+    """A parent of random weights, or of none at all (a sparse file), that declares three sizes."""
     layout = Layout(nano_config(pattern))
     dtype = STORED_AS[dtype_of(layout.config)]
     specs = [Spec(name, dtype, w.shape(layout.sizes)) for name, w in layout.stored.items()]
@@ -63,7 +63,10 @@ def write_parent(folder: Path, pattern: str = PATTERN, sparse: bool = False) -> 
         with Shards(folder, specs) as shards:
             for spec in specs:
                 for start in range(0, spec.bytes, _BLOCK):
-                    shards.write(memoryview(noise.bytes(min(_BLOCK, spec.bytes - start))))
+                    count = min(_BLOCK, spec.bytes - start) // 2
+                    values = noise.standard_normal(count, np.float32) / 50
+                    high = values.view(np.uint16)[1::2]  # bfloat16 is the upper half of float32
+                    shards.write(np.ascontiguousarray(high).view(np.uint8).data)
     values = configs.config_json(layout.config)
     values["elastic_config"] = ElasticSpace.of(layout, SIZES, trained=True).model_dump()
     write_json(folder / "config.json", values)

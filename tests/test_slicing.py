@@ -17,9 +17,12 @@ from models import FAMILIES, SMALL, elastic, letters_tokenizer, logits, same, to
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.nano import nano_config
+from star_elastic import configs, stock
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.corner import Corner, corner_of, total, union, without
 from star_elastic.folder import CheckpointError, Reader
+from star_elastic.layout import Layout
 from star_elastic.slicing import bytes_to_read, custom, plan, slice_all, slice_checkpoint
 from star_elastic.transfer import transfer
 
@@ -250,3 +253,16 @@ def test_corners_of_a_grouped_head_cut(written: Path) -> None:
     corner = corner_of(opened.weights[name], 4, opened.layout.sizes, child)
     assert len(corner.columns) > 1
     assert corner.bytes == 4 * np.prod(opened.weights[name].shape(child))
+
+
+def test_the_12b_is_a_stock_model_at_full_size() -> None:
+    """Nemotron 3 Nano's 52 layers at hidden 1920 and expert width 960, on `meta`."""
+    layout = Layout(nano_config())
+    fields = {"hidden_size": 1920, "moe_intermediate_size": 960}
+    model = stock.build(configs.child_config(layout, fields), device="meta")
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    child = layout.sizes_of(fields)
+    assert shapes == {
+        name: weight.shape(child) for name, weight in layout.kept(child, layout.weights)
+    }
+    assert sum(p.numel() for p in model.parameters()) == 12_426_655_424

@@ -61,15 +61,15 @@ class Alignment:
             for layer in layers:
                 self.check(layout, even | {name: uneven[name][layer] for name in uneven})
             return
+        for axis in layout.family.split:
+            if axis in fields and fields[axis] % self.ranks:  # type: ignore[operator]
+                raise ValueError(f"{axis} = {fields[axis]} does not divide over {self.ranks} ranks")
         child = layout.sizes_of(fields)
         for weight, segment in _inputs(layout):
             whole, kept = width((segment,), layout.sizes), width((segment,), child)
             need = self.multiple * (self.ranks if _is_split(layout, segment) else 1)
             if kept != whole and kept % need:
                 raise self._refusal(layout, fields, weight, segment, kept, need)
-        for axis in layout.family.split:
-            if axis in fields and fields[axis] % self.ranks:  # type: ignore[operator]
-                raise ValueError(f"{axis} = {fields[axis]} does not divide over {self.ranks} ranks")
 
     def _step(self, layout: Layout, axis: str) -> int:
         symbol = symbol_of(layout.family, axis)
