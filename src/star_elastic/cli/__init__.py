@@ -8,7 +8,20 @@ import sys
 
 import typer
 
-from star_elastic.cli import audit, chat, evaluate, fit, inspect, rank, slice, train, verify
+from star_elastic.cli import (
+    adopt,
+    audit,
+    chat,
+    evaluate,
+    fit,
+    inspect,
+    pack,
+    rank,
+    slice,
+    train,
+    unpack,
+    verify,
+)
 
 # Verbs that move bytes and run no model, unless a budget asks a trained router.
 _MOVING_BYTES = {"slice", "verify", "inspect", "adopt", "pack", "unpack"}
@@ -31,8 +44,11 @@ def build_app() -> typer.Typer:
         inspect.inspect,
         fit.fit,
         evaluate.evaluate,
+        adopt.adopt,
         audit.audit,
         verify.verify,
+        pack.pack,
+        unpack.unpack,
         chat.chat,
     )
     for verb in verbs:
@@ -42,7 +58,8 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 1."""
-    if sys.argv[1:] and sys.argv[1] in _MOVING_BYTES and not _BUDGETS & {*sys.argv}:
+    flags = {word.partition("=")[0] for word in sys.argv}
+    if sys.argv[1:] and sys.argv[1] in _MOVING_BYTES and not _BUDGETS & flags:
         _spare_torch()
     try:
         build_app()()

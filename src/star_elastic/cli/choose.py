@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from star_elastic.checkpoint import Checkpoint
     from star_elastic.submodel import Fields, Submodel
 
+_NEAR = 0.98  # of a cost: closer than that, and a size that somebody tried is the better one
+
 
 def named(
     opened: "Checkpoint", names: Sequence[str], alignment: "Alignment"
@@ -80,12 +82,20 @@ def within(
         sizes = (opened.layout.sizes_of(size.config) for size in opened.space.submodels)
         least = min(float(metric.cost(opened.layout, child)) for child in sizes)
         raise too_small(metric, budget, least)
-    best = best_of(fit, measured=False)
+    best = _preferred(fit)
     print_candidates(console, metric, budget, found, best)
     console.print(_reason(best, found, fit))
     if best.name in opened.space.sizes:
         return opened.size(best.name)
     return custom(opened, best.fields, f"{kind}-{given[kind]}".replace(" ", ""))
+
+
+def _preferred(fit: Sequence[Candidate]) -> Candidate:
+    """The router's choice or the largest; but a size with a name, trained or searched for and
+    stored, rather than one in between that is hardly larger."""
+    best = best_of(fit, measured=False)
+    near = [each for each in fit if each.cost >= _NEAR * best.cost and each.name != "between"]
+    return max(near, key=lambda each: each.cost) if best.name == "between" and near else best
 
 
 def _is_aligned(opened: "Checkpoint", fields: "Fields", alignment: "Alignment") -> bool:
