@@ -6,8 +6,8 @@ which input is read from the named shapes.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from star_elastic.layout import Layout, Weight
 from star_elastic.shapes import Segment, width
@@ -44,6 +44,11 @@ class Alignment:
         if ranks < 1:
             raise ValueError(f"--tensor-parallel {ranks}: not a positive number of ranks")
         return cls(multiple, ranks)
+
+    def for_codes(self, weights: Iterable[Weight]) -> "Alignment":
+        """The same, and no cut inside a block of the codes that stand on disk."""
+        blocks = {block for weight in weights for block in weight.blocks}
+        return replace(self, multiple=math.lcm(self.multiple, *blocks))
 
     def steps(self, layout: Layout) -> dict[str, int]:
         """For every axis, the step in which it may shrink, other axes being the parent's."""

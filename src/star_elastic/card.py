@@ -3,6 +3,8 @@
 from star_elastic.layout import Layout
 from star_elastic.submodel import ElasticSpace, Submodel
 
+TAG = "tags: [star-elastic, elastic]"  # tells a card of ours from a publisher's
+ADOPTED = "declared by adopt, not trained by star-elastic"
 UNTRAINED = "reordered, never trained: not elastic, expect little of it"
 BETWEEN = "between trained sizes, itself never trained: measure it before you rely on it"
 
@@ -22,7 +24,7 @@ def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [star-elastic, elastic]",
+        TAG,
         "---",
         "",
         "# An elastic checkpoint",
@@ -31,6 +33,7 @@ def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
         "weights. Stock transformers loads the parent; `star-elastic` loads or slices any size.",
         "",
         *size_table(space.submodels),
+        *_origin(space),
         *(f"\n{size.name}: {text}." for size in space.submodels if (text := warning(size, space))),
         "",
         "    star-elastic slice . --size NAME --out DIR",
@@ -42,7 +45,8 @@ def of_checkpoint(layout: Layout, space: ElasticSpace) -> str:
 def of_slice(source: str, size: Submodel, space: ElasticSpace | None = None) -> str:
     """The card of a stock folder that was cut out of an elastic checkpoint of this space."""
     fields = ", ".join(f"{field} = {value}" for field, value in size.config.items())
-    state = "trained jointly with the other sizes" if size.trained else warning(size, space)
+    trained = ADOPTED if _is_adopted(space) else "trained jointly with the other sizes"
+    state = trained if size.trained else warning(size, space)
     lines = [
         "---",
         "library_name: transformers",
@@ -59,6 +63,22 @@ def of_slice(source: str, size: Submodel, space: ElasticSpace | None = None) -> 
         "",
     ]
     return "\n".join(lines)
+
+
+def is_ours(text: str) -> bool:
+    """Is a README.md one of our cards, which we may write anew?"""
+    return TAG in text[:200]
+
+
+def _is_adopted(space: ElasticSpace | None) -> bool:
+    return space is not None and space.training is not None and not space.training.is_ours
+
+
+def _origin(space: ElasticSpace) -> list[str]:
+    """Where sizes come from that another's training made."""
+    if space.training is None or not _is_adopted(space):
+        return []
+    return ["", f"These sizes were {ADOPTED}: {space.training.recipe}."]
 
 
 def size_table(sizes: list[Submodel]) -> list[str]:

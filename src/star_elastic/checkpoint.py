@@ -12,31 +12,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-from safetensors import safe_open
-
 from star_elastic import card, configs, hub
 from star_elastic.dtypes import STORED, STORED_ITEMSIZE, dtype_of
 from star_elastic.folder import (
     CheckpointError,
+    Reader,
     Stored,
     check_links,
+    copy_file,
     digest,
     one_line,
-    open_inside,
     read_json,
+    replace_file,
     replace_json,
     stored_tensors,
 )
 from star_elastic.layout import Layout, Weight
 from star_elastic.packed import is_quantized, packed_weights
 from star_elastic.shapes import Sizes, narrow
-from star_elastic.submodel import FORMAT_VERSION, ElasticSpace, Submodel
+from star_elastic.submodel import ElasticSpace, Submodel, read_declaration
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 QUANTIZATION = "hf_quant_config.json"
+MAX_CONFIG = 8 * 2**20  # bytes: the longest list a quantization by name, of each expert's module
 _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -76,16 +76,29 @@ class Checkpoint:
         """
         folder = hub.local(path)
         check_links(folder)
-        raw = read_json(folder / "config.json")
+        opened = cls.of(folder, lambda: stored_tensors(folder))
+        if check_digests:
+            check_digests_of(folder, opened.space)
+        return opened
+
+    @classmethod
+    def of(cls, folder: Path, tensors: Callable[[], Mapping[str, Stored]]) -> "Checkpoint":
+        """The checkpoint of a `config.json` and of headers, wherever the weights themselves are.
+
+        Args:
+            tensors: asked once the config is found to be sound.
+
+        Raises:
+            CheckpointError: see `open`.
+        """
+        raw = read_json(folder / "config.json", MAX_CONFIG)
         layout, space = _declared(folder / "config.json", raw)
-        stored = stored_tensors(folder)
+        stored = tensors()
         try:
             weights = packed_weights(layout, stored)
         except ValueError as error:
             raise CheckpointError(f"{folder}/{error}") from None
         _check_tensors(folder, layout, stored, weights)
-        if check_digests:
-            check_digests_of(folder, space)
         return cls(folder, layout.config, layout, space, stored, weights, "elastic_config" in raw)
 
     def size(self, name: str) -> Submodel:
@@ -109,13 +122,23 @@ class Checkpoint:
             yield name, narrow(whole, weight.cuts(self.layout.sizes, child))
 
     def read(self, names: Iterable[str]) -> Iterator["Tensor"]:
-        """Whole tensors by their names on disk, one at a time and in this order."""
-        opened: dict[str, Any] = {}
-        for name in names:
-            file = self.stored[name].file
-            if file not in opened:
-                opened[file] = safe_open(self.path / file, framework="pt")
-            yield opened[file].get_tensor(name)
+        """Whole tensors by their names on disk, one at a time and in this order.
+
+        Raises:
+            CheckpointError: a file that is not the one opened, or cannot be read.
+        """
+        import torch
+
+        wanted = list(names)
+        files = {self.stored[name].file for name in wanted}
+        held = {name: each for name, each in self.stored.items() if each.file in files}
+        with Reader(self.path, held) as reader:
+            for name in wanted:
+                dtype = getattr(torch, STORED[self.stored[name].dtype])
+                tensor = torch.empty(self.stored[name].shape, dtype=dtype)
+                if tensor.numel():
+                    reader.fill(name, 0, tensor.reshape(-1).view(torch.uint8).numpy().data)
+                yield tensor
 
     def cache_bytes_per_token(self, child: Sizes | None = None) -> int:
         """KV cache bytes of one token, in the dtype of the weights."""
@@ -146,16 +169,23 @@ def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
     """Replace a checkpoint's declaration (say, with measured quality); its weights stay.
 
     Raises:
-        ValueError: a declaration that this parent does not bear out.
+        ValueError: a declaration that this parent does not bear out, or a folder of a hub cache.
     """
+    if hub.repository(checkpoint.path) is not None:
+        raise ValueError(f"{checkpoint.path}: a hub cache stays as it is; copy or adopt it first")
     space.check(checkpoint.layout)
     space = space.model_copy(update={"digests": checkpoint.space.digests})
     values = read_json(checkpoint.path / "config.json")
     values["elastic_config"] = space.model_dump()
     replace_json(checkpoint.path / "config.json", values)
-    (checkpoint.path / "README.md").write_text(
-        card.of_checkpoint(checkpoint.layout, space), "utf-8"
-    )
+    write_card(checkpoint.path, checkpoint.layout, space)
+
+
+def write_card(folder: Path, layout: Layout, space: ElasticSpace) -> None:
+    """The card of a checkpoint; a publisher's own stays as it is."""
+    path = folder / "README.md"
+    if not os.path.lexists(path) or card.is_ours(path.read_text("utf-8", "replace")):
+        replace_file(path, card.of_checkpoint(layout, space).encode())
 
 
 def _declared(path: Path, values: Mapping[str, Any]) -> tuple[Layout, ElasticSpace]:
@@ -166,22 +196,12 @@ def _declared(path: Path, values: Mapping[str, Any]) -> tuple[Layout, ElasticSpa
         layout.stored  # noqa: B018  (values that are no numbers show here)
     except Exception as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from None
-    declared = values.get("elastic_config")
     if "elastic_config" not in values:
         return layout, ElasticSpace.of(layout, {"full": {}}, trained=True)
     try:
-        if isinstance(declared, dict) and declared.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format_version: unknown version {declared.get('format_version')!r}")
-        space = ElasticSpace.model_validate(declared)
-        layout = Layout(config, space.layer_order)
-        space.check(layout)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path}: elastic_config.{field}: {first['msg']}") from None
+        return read_declaration(config, values["elastic_config"])
     except ValueError as error:
-        raise CheckpointError(f"{path}: elastic_config: {one_line(error)}") from None
-    return layout, space
+        raise CheckpointError(f"{path}: {one_line(error)}") from None
 
 
 def _check_tensors(
@@ -225,7 +245,8 @@ def check_digests_of(
     """
     for file, expected in space.digests.items():
         if Path(file).name != file or not os.path.lexists(folder / file):
-            raise CheckpointError(f"{folder / 'config.json'}: elastic_config.digests: {file!r}")
+            where = f"{folder / 'config.json'}: elastic_config.digests"
+            raise CheckpointError(f"{where}: {file[:80]!r}")
         if digest(folder / file, progress) != expected:
             raise CheckpointError(f"{folder / file}: digest differs from elastic_config.digests")
 
@@ -239,5 +260,4 @@ def companions(folder: Path) -> list[str]:
 def copy_companions(source: Path, target: Path) -> None:
     """Tokenizer, generation config and licence go along with the weights."""
     for name in companions(source):
-        with os.fdopen(open_inside(source, name), "rb") as file:
-            (target / name).write_bytes(file.read())
+        copy_file(source, name, target / name)

@@ -4,18 +4,32 @@ Needs no torch, so that cutting files does not. One fault of stock classes is wo
 `save_pretrained` drops the legacy layer pattern that older readers want; `config_json` does not.
 """
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from star_elastic.dtypes import ITEMSIZE
 from star_elastic.families import FAMILIES
 from star_elastic.folder import one_line
 from star_elastic.layout import Layout
 from star_elastic.submodel import Fields, per_layer
-from star_elastic.symbols import DEPTH, head_dim
+from star_elastic.symbols import DEPTH, check_numbers, check_raw, head_dim
 
+_NOT_READ = {
+    "auto_map",
+    "custom_pipelines",
+    "elastic_config",
+    "transformers_weights",
+    "attn_implementation",
+    "experts_implementation",
+    "id2label",  # what classifiers have
+    "label2id",
+    "num_labels",
+}
 _SMALLEST_STEP, _LARGEST_STEP = 1e-30, 3e38
 
 
@@ -23,20 +37,52 @@ def read_config(values: Mapping[str, Any]) -> Any:
     """The stock config of a `config.json`, whose code, if it names any, is not run.
 
     Raises:
-        ValueError: a model type without a table, or values that the stock class refuses.
+        ValueError: a model type without a table, or values that the stock class or a shape refuses.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(f"model_type {str(kind)[:80]!r} has no table; known: {known}")
-    kept = {
-        key: value for key, value in values.items() if key not in ("auto_map", "elastic_config")
-    }
+    stock = CONFIG_MAPPING[kind]
+    kept = {key: value for key, value in values.items() if _is_read(stock, key)}
+    check_raw(FAMILIES[kind], kept, stock.attribute_map)
+    _check_lists(kept)
+    for key in ("dtype", "torch_dtype"):
+        if kept.get(key) is not None and str(kept[key]) not in ITEMSIZE:
+            raise ValueError(f"{key} {str(kept[key])[:80]!r} is no dtype of weights")
     try:
-        stock = CONFIG_MAPPING[kind]
-        return stock.from_dict(stock._decode_special_floats(kept))  # infinity, as it writes it
+        config = stock.from_dict(stock._decode_special_floats(kept))  # infinity, as it writes it
     except Exception as error:  # strict configs raise their own kinds
         raise ValueError(one_line(error)) from None
+    if (said := kept.get(DEPTH)) is not None and said != config.num_hidden_layers:
+        raise ValueError(f"{DEPTH} = {said}, but {config.num_hidden_layers} layers are listed")
+    check_numbers(FAMILIES[kind], config)
+    return config
+
+
+def _is_read(stock: Any, key: str) -> bool:
+    """Stock configs set any key as an attribute: their methods, tables and privates are not for it.
+
+    Nor is where weights and code come from, or which kernels run.
+    """
+    if key in _NOT_READ or key.startswith("_") or key.endswith("_file"):
+        return False
+    fields = {field.name for field in dataclasses.fields(stock)}
+    own = {*fields, *stock.attribute_map, "model_type"}
+    there = inspect.getattr_static(stock, key, None)
+    return key in own or there is None or isinstance(there, property)
+
+
+def _check_lists(values: Mapping[str, Any]) -> None:
+    """Lists that no stock class checks."""
+    pattern = str(values.get("hybrid_override_pattern") or "")
+    if strange := {*pattern} - {*"M*E-"}:
+        raise ValueError(f"hybrid_override_pattern: no layer is {min(strange)!r}")
+    if values.get("per_layer_config"):
+        raise ValueError("per_layer_config: layers of different configs have no table")
+    limits = values.get("time_step_limit", [0, 1])
+    if isinstance(limits, list) and len(limits) != 2:
+        raise ValueError(f"time_step_limit has {len(limits)} values, not 2")
 
 
 def child_config(layout: Layout, fields: Fields) -> Any:

@@ -59,7 +59,7 @@ class Corner:
                 offset += length
 
     def line(self, index: int) -> "Corner":
-        """What is kept of one row, byte by byte: that row is a tensor whose rows are bytes."""
+        """What is kept of one row, byte by byte: of the same tensor as rows of one byte each."""
         kept = any(first <= index < first + count for first, count in self.rows)
         begin = index * self.row
         rows = tuple((begin + start, length) for start, length in self.columns if kept)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from star_elastic.dtypes import ITEMSIZE
 from star_elastic.shapes import Dim, Run, Shape, Sizes, at, cuts, narrow, parse, width
-from star_elastic.symbols import DEPTH, family_of, resolve, symbol_of
+from star_elastic.symbols import DEPTH, check_count, family_of, resolve, symbol_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,7 @@ class Layout:
         self.family = family_of(config)
         self.config = config
         self.blocks = self.family.blocks(config)
+        check_count(self.family, config, self.blocks)
         if layer_order is not None and sorted(layer_order) != list(range(len(self.blocks))):
             raise ValueError(f"layer_order: not an order of {len(self.blocks)} layers")
         self.layer_order = None if layer_order is None else list(layer_order)

@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from star_elastic import stock, tensors
 from star_elastic.checkpoint import Checkpoint
-from star_elastic.folder import CheckpointError, one_line
+from star_elastic.folder import CheckpointError, Reader, one_line
 from star_elastic.layout import Layout
 from star_elastic.submodel import ElasticSpace, Fields, Submodel, check_fields
+
+_ADAPTER = "adapter_config.json"
 
 
 class ElasticModel:
@@ -53,10 +55,7 @@ class ElasticModel:
         """
         opened = Checkpoint.open(path, check_digests)
         tensors.refuse_codes(opened)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            opened.path, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-        parent, info = loaded
+        parent, info = _load(opened, dtype)
         if lost := set(info["missing_keys"]) | set(info["mismatched_keys"]):
             raise CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
         has_tokenizer = (opened.path / "tokenizer_config.json").is_file()
@@ -132,6 +131,35 @@ class ElasticModel:
             tensors.write(
                 path, self.state, self.layout, self.space, self.source, self.tokenizer, overwrite
             )
+
+
+def _load(opened: Checkpoint, dtype: torch.dtype | str) -> tuple[Any, dict[str, Any]]:
+    """The stock model of a verified folder, under the config that was verified; and what it lacks.
+
+    Raises:
+        CheckpointError: the stock class refuses it, or it would not be the folder's own weights.
+    """
+    if (opened.path / _ADAPTER).exists():
+        raise CheckpointError(
+            f"{opened.path / _ADAPTER}: an adapter, which would change the parent"
+        )
+    if getattr(opened.config, "quantization_config", None):
+        where = opened.path / "config.json"
+        raise CheckpointError(f"{where}: quantization_config: the weights are not quantized")
+    try:
+        with Reader(opened.path, opened.stored):  # which tells if a file changes meanwhile
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                opened.path,
+                config=opened.config,
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        return loaded
+    except CheckpointError:
+        raise
+    except Exception as error:  # many libraries, many kinds
+        raise CheckpointError(f"{opened.path}: not loaded: {one_line(error)}") from None
 
 
 def load_tokenizer(folder: str | Path) -> Any:

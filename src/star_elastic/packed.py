@@ -25,6 +25,8 @@ _CODES: dict[tuple[str, str], tuple[list[tuple[int, int]], set[str]]] = {
     ("weight_packed", "I32"): ([(1, 8), (1, 4)], {"weight_scale", SHAPE}),
 }
 _SCALES = {"weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"}
+_SCALE_DTYPES = {"F32", "F16", "BF16", "F8_E4M3", "U8"}  # U8: powers of two
+_ZERO_DTYPES = {"I8", "U8", "I32", "F8_E4M3"}
 _SCALARS = {"input_scale", "input_global_scale", "k_scale", "v_scale", "q_scale"}
 _LAYER = re.compile(r"layers\.(\d+)(?![^.])")  # a layer by its number, as a name
 
@@ -78,7 +80,7 @@ def renumbered(declared: Any, kept: Mapping[int, int]) -> Any:
     if found := _LAYER.search(declared):
         new = kept.get(int(found[1]))
         return "" if new is None else _LAYER.sub(f"layers.{new}", declared, count=1)
-    if re.search(r"layers.*\d", declared):
+    if re.search(r"\d", declared.partition("layers")[2]):
         raise ValueError(f"quantization_config: {declared!r} tells layers by number")
     return declared
 
@@ -125,10 +127,13 @@ def _in_blocks(
 
 def _scale(weight: Weight, name: str, whole: tuple[int, ...], stored: Stored) -> Weight:
     """Scales of the whole tensor, of its rows, or of blocks along its columns."""
+    is_zero = name.endswith("zero_point")
+    if stored.dtype not in (_ZERO_DTYPES if is_zero else _SCALE_DTYPES):
+        raise ValueError(f"{stored.file}: {name}: dtype {stored.dtype} is none of a scale")
     if all(n == 1 for n in stored.shape):
         return _scalar(name, weight, stored)
     shape, (rows, columns) = list(stored.shape), whole
-    packed = name.endswith("zero_point") and stored.dtype == "I32" and shape[0] * 8 == rows
+    packed = is_zero and stored.dtype == "I32" and shape[0] * 8 == rows
     first = 8 if packed else 1
     if shape[0] * first != rows or len(shape) > 2:
         raise _misfit(name, stored, whole)

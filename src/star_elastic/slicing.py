@@ -5,7 +5,7 @@ several sizes are cut in one pass over the parent.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ from star_elastic.folder import (
     atomic_folder,
     check_room,
     read_json,
+    siblings,
+    write_file,
     write_json,
 )
 from star_elastic.layout import Weight
@@ -60,7 +62,12 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes of weights that it takes on disk."""
-        return sum(piece.spec.bytes for piece in self.pieces.values())
+        return sum(spec.bytes for spec in self.specs)
+
+    @property
+    def specs(self) -> list[Spec]:
+        """Its tensors, in order."""
+        return [piece.spec for piece in self.pieces.values()]
 
 
 def slice_checkpoint(
@@ -107,7 +114,7 @@ def slice_all(
 ) -> None:
     """Cut several sizes, each into its own folder, in one pass over the parent; see
     `slice_checkpoint`."""
-    _refuse_source(checkpoint, targets)
+    refuse_source(checkpoint, targets)
     plans = {target: plan(checkpoint, size) for target, size in targets.items()}
     for target in plans:
         check_room(target, sum(each.bytes + _METADATA for each in plans.values()))
@@ -117,12 +124,12 @@ def slice_all(
         }
         with Reader(checkpoint.path, checkpoint.stored) as reader, ExitStack() as files:
             shards = [
-                files.enter_context(Shards(folders[target], _specs(each), max_shard_size))
+                files.enter_context(Shards(folders[target], each.specs, max_shard_size))
                 for target, each in plans.items()
             ]
             _cut(reader, list(plans.values()), shards, progress)
         for target, each in plans.items():
-            _write_beside(checkpoint, each, folders[target])
+            write_beside(checkpoint, each, folders[target])
 
 
 def plan(checkpoint: Checkpoint, size: Submodel) -> Plan:
@@ -165,10 +172,6 @@ def _pieces(checkpoint: Checkpoint, child: Sizes) -> Iterator[Piece]:
         yield Piece(name, weight, Spec(name, dtype, weight.shape(child)), corner)
 
 
-def _specs(planned: Plan) -> list[Spec]:
-    return [piece.spec for piece in planned.pieces.values()]
-
-
 def _by_tensor(plans: Sequence[Plan]) -> dict[str, list[tuple[int, Piece]]]:
     found: dict[str, list[tuple[int, Piece]]] = {}
     for number, each in enumerate(plans):
@@ -192,32 +195,39 @@ def _cut(
 
 def _write(shard: Shards, planned: Plan, piece: Piece, data: memoryview) -> None:
     told = piece.name.endswith(packed.SHAPE)
-    shard.write(_shape_of(planned, piece) if told else data)
+    shard.write(shape_of(planned, piece) if told else data)
 
 
-def _shape_of(planned: Plan, piece: Piece) -> memoryview:
+def shape_of(planned: Plan, piece: Piece) -> memoryview:
     """The one tensor whose values change: it tells the shape of the codes beside it."""
     codes = planned.pieces[piece.weight.name.replace(packed.SHAPE, "weight_packed")].weight
     shape = [n * block for n, block in zip(codes.shape(planned.sizes), codes.blocks, strict=True)]
     return np.array(shape, STORED[piece.spec.dtype]).view(np.uint8).data
 
 
-def _write_beside(checkpoint: Checkpoint, planned: Plan, folder: Path) -> None:
+def write_beside(checkpoint: Checkpoint, planned: Plan, folder: Path) -> None:
+    """All files of a slice but its weights: config, card, and the parent's companions."""
     write_json(folder / "config.json", planned.config)
     if planned.quantization is not None:
         write_json(folder / QUANTIZATION, planned.quantization)
     text = card.of_slice(checkpoint.path.resolve().name, planned.size, checkpoint.space)
-    (folder / "README.md").write_text(text, "utf-8")
+    write_file(folder / "README.md", text.encode())
     copy_companions(checkpoint.path, folder)
 
 
-def _refuse_source(checkpoint: Checkpoint, targets: Mapping[Path, Submodel]) -> None:
-    source = checkpoint.path.resolve()
+def refuse_source(checkpoint: Checkpoint, targets: Iterable[Path], verb: str = "slice") -> None:
+    """No folder that goes, or that is used meanwhile, may be the source or another target."""
+    files = {checkpoint.path / each.file for each in checkpoint.stored.values()}  # maybe links
+    real = [path.resolve() for path in (checkpoint.path, *files)]
+    homes = {home for path in real for home in (path, *path.parents)}
     found = [target.resolve() for target in targets]
-    for target in found:
-        if target == source:
-            raise ValueError(f"slice: {target} is the checkpoint itself")
-        if target in source.parents:
-            raise ValueError(f"slice: {target} holds the checkpoint itself")
-    if len({*found}) < len(found):
-        raise ValueError(f"slice: {os.path.commonpath(found)}: two sizes for one folder")
+    for number, target in enumerate(found):
+        for goes in (target, *siblings(target)):
+            if goes.exists() and any(os.path.samefile(goes, home) for home in homes):
+                what = "is" if goes == checkpoint.path.resolve() else "holds"
+                raise ValueError(f"{verb}: {goes} {what} the checkpoint itself")
+        for other in found[:number]:
+            if other == target:
+                raise ValueError(f"{verb}: {target}: two sizes for one folder")
+            if other in target.parents or target in other.parents:
+                raise ValueError(f"{verb}: {other} and {target}: one is inside the other")

@@ -1,13 +1,80 @@
 """The symbols of named shapes under a config: fields, ratios and aliases as numbers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from star_elastic.families import FAMILIES, Family
 from star_elastic.shapes import parse
 
 DEPTH = "num_hidden_layers"  # the axis of the brace {layer} in a weight's name
+
+
+# Ten times the layers of the deepest models published, and more tensors than a trillion parameters
+# have: a file can claim any number, and what it claims is spelled out name by name.
+MAX_LAYERS = 2**10
+MAX_TENSORS = 2**17
+MAX_VALUE = 2**31  # of a width or count; what multiplies them stays exact in 64 bits
+_STRIDES = {"decoder_sparse_step"}  # numbers that others are divided by
+
+
+def check_raw(family: Family, values: Mapping[str, Any], alias: Mapping[str, str]) -> None:
+    """Refuse numbers and lists that a stock config would choke on, before there is one.
+
+    Args:
+        values: as `config.json` has them; alias: the stock class's other names of its fields.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    experts = family.experts or ""
+    limits = {DEPTH: MAX_LAYERS, alias.get(experts, experts): MAX_TENSORS}
+    for key, value in values.items():
+        field = alias.get(key, key)
+        if field in values and values[field] != value:
+            raise ValueError(f"{key} and {field} name one field and differ")
+        limit = limits.get(field, MAX_VALUE)
+        if isinstance(value, int) and abs(value) > limit:
+            raise ValueError(f"{key} = {str(value)[:40]} is beyond {limit}")
+        if type(value) is int and value < 1 and field in _positive(family):
+            raise ValueError(f"{key} = {value} is not an integer from 1 up")
+        if isinstance(value, list | str) and len(value) > 4 * MAX_LAYERS:
+            raise ValueError(f"{key} has {len(value)} values; at most {4 * MAX_LAYERS} are read")
+
+
+def check_numbers(family: Family, config: Any) -> None:
+    """Hold every number that a shape is made of to what a number of things can be.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for field in sorted(_symbols(family)):
+        value, least = _field(config, field), int(field in _positive(family))
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"{field} = {repr(value)[:40]} is not an integer from {least} up")
+
+
+def check_count(family: Family, config: Any, blocks: Sequence[tuple[str, ...]]) -> None:
+    """Count the tensors before they are named one by one.
+
+    Raises:
+        ValueError: more than any model has.
+    """
+    if len(blocks) > MAX_LAYERS:
+        raise ValueError(f"{DEPTH} = {len(blocks)} is beyond {MAX_LAYERS}")
+    experts = getattr(config, family.experts, 0) if family.experts else 0
+    several = [part for parts in blocks for part in parts]
+    named = sum("{" in name for part in several for name in family.parts[part]) * experts
+    if named > MAX_TENSORS:
+        raise ValueError(
+            f"{family.experts} = {experts} in {len(blocks)} layers: more than {MAX_TENSORS} tensors"
+        )
+
+
+def _positive(family: Family) -> set[str]:
+    """Fields without which there is no model, or by which others are divided."""
+    groups = {text.partition(" / ")[2] for text in family.derived.values()} - {""}
+    return groups | _STRIDES | {"vocab_size", "hidden_size", "num_attention_heads", DEPTH}
 
 
 def family_of(config: Any) -> Family:

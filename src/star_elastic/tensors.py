@@ -11,7 +11,16 @@ from transformers import GenerationConfig
 from star_elastic import card, configs
 from star_elastic.checkpoint import Checkpoint, copy_companions
 from star_elastic.dtypes import STORED, STORED_AS
-from star_elastic.folder import CheckpointError, Shards, Spec, atomic_folder, digest, write_json
+from star_elastic.folder import (
+    CheckpointError,
+    Shards,
+    Spec,
+    atomic_folder,
+    check_room,
+    digest,
+    write_file,
+    write_json,
+)
 from star_elastic.layout import Layout, Weight
 from star_elastic.submodel import ElasticSpace
 
@@ -76,6 +85,7 @@ def write(
 
     Raises:
         FileExistsError: the target exists and `overwrite` is false.
+        OSError: the disk is full, or another process is writing the target.
     """
     views = {name: layout.view(state, weight) for name, weight in layout.stored.items()}
     specs = [Spec(name, stored_as(t.dtype), tuple(t.shape)) for name, t in views.items()]
@@ -100,6 +110,7 @@ def write_stored(
     beside: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
     """`write` for a parent that comes tensor by tensor, as its specs say; see there."""
+    check_room(Path(target), sum(spec.bytes for spec in specs))
     with atomic_folder(Path(target), overwrite) as folder:
         with Shards(folder, specs, max_shard_size) as shards:
             for tensor in tensors:
@@ -113,7 +124,7 @@ def write_stored(
         if space is not None:
             space = space.model_copy(update={"digests": digests})
             values["elastic_config"] = space.model_dump()
-            (folder / "README.md").write_text(card.of_checkpoint(layout, space), "utf-8")
+            write_file(folder / "README.md", card.of_checkpoint(layout, space).encode())
         write_json(folder / "config.json", values)
         if source is not None:
             copy_companions(source, folder)

@@ -31,22 +31,30 @@ class _Block(NamedTuple):
 
 def transfer(
     reader: Reader,
-    wanted: Mapping[str, Wanted] | Iterable[tuple[str, Wanted]],
+    wanted: Mapping[str, Wanted],
     progress: Callable[[int], None] | None = None,
     block: int = BLOCK,
 ) -> None:
     """Read the rows that any corner wants and give every writer its own, tensor by tensor.
 
     Args:
-        wanted: by the tensors' names, in the order in which writers expect them; as pairs, a tensor
-            may come twice.
+        wanted: by the tensors' names, in the order in which writers expect them.
         progress: hears of the bytes of every block.
 
     Raises:
         CheckpointError: a file that cannot be read.
     """
-    pairs = wanted.items() if isinstance(wanted, Mapping) else wanted
-    blocks = (each for name, takers in pairs for each in _blocks(name, takers, block))
+    transfer_each(reader, wanted.items(), progress, block)
+
+
+def transfer_each(
+    reader: Reader,
+    wanted: Iterable[tuple[str, Wanted]],
+    progress: Callable[[int], None] | None = None,
+    block: int = BLOCK,
+) -> None:
+    """`transfer`, where one tensor may come several times: whole for some writers, then again."""
+    blocks = (each for name, takers in wanted for each in _blocks(name, takers, block))
     for (_, start, rows, row, takers), data in _read_ahead(reader, blocks, block):
         whole = data.reshape(rows, row)
         for corner, write in takers:

@@ -72,7 +72,7 @@ def within(
     kind, budget = budget_of(given, "slice")
     metric = metric_of(opened, kind, context, batch)
     steps = {axis: each.multiple_of for axis, each in opened.space.axes.items()}
-    for axis, step in alignment.steps(opened.layout).items():
+    for axis, step in alignment.for_codes(opened.weights.values()).steps(opened.layout).items():
         steps[axis] = math.lcm(steps.get(axis, 1), step)
     found = proposed(opened, metric, budget, steps, console)
     fit = [each for each in found if _is_aligned(opened, each.fields, alignment)]

@@ -70,12 +70,7 @@ def fit(
     opened = Checkpoint.open(checkpoint)
     if store is not None:
         _check_name(opened, store)
-    said: dict[Kind, str | None] = {
-        "params": params,
-        "active": active,
-        "memory": memory,
-        "latency": latency_ms,
-    }
+    said = {"params": params, "active": active, "memory": memory, "latency": latency_ms}
     kind, budget = budget_of(said, "fit")
     steps = _steps(opened.space, multiple_of or [])
     offered = _offered(opened, axes or [], steps)

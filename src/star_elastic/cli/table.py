@@ -40,7 +40,8 @@ def print_sizes(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table()
     for head in ("size", "total", "active", "on disk", "resident", "cache/token", "trained"):
-        table.add_column(head, justify="left" if head in ("size", "trained") else "right")
+        side = "left" if head in ("size", "trained") else "right"
+        table.add_column(head, justify=side, overflow="fold")  # a digit cut off is a lie
     for row in rows:
         table.add_row(
             row["name"],

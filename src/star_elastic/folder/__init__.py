@@ -3,12 +3,15 @@
 from star_elastic.folder.atomic import (
     atomic_folder,
     check_room,
+    replace_file,
     replace_json,
+    siblings,
     write_json,
 )
 from star_elastic.folder.digests import digest
-from star_elastic.folder.header import Spec, Stored
+from star_elastic.folder.header import Spec, Stored, parse_file
 from star_elastic.folder.index import INDEX, WEIGHTS, stored_tensors
+from star_elastic.folder.output import copy_file, write_file
 from star_elastic.folder.reader import Reader
 from star_elastic.folder.shards import Shards
 from star_elastic.folder.trust import (
@@ -32,13 +35,18 @@ __all__ = [
     "atomic_folder",
     "check_links",
     "check_room",
+    "copy_file",
     "digest",
     "one_line",
     "open_inside",
+    "parse_file",
     "parse_json",
     "read_bytes",
     "read_json",
+    "replace_file",
     "replace_json",
+    "siblings",
     "stored_tensors",
+    "write_file",
     "write_json",
 ]

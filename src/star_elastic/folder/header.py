@@ -16,20 +16,27 @@ from typing import Any, NamedTuple
 from star_elastic.dtypes import STORED_ITEMSIZE
 from star_elastic.folder.trust import CheckpointError, one_line, parse_json
 
-MAX_HEADER = 32 * 2**20  # bytes: 200,000 tensors; the format's own limit is 100 MB
+# What a second suffices to read; a trillion parameters in 60 files have 2,000 tensors in each. The
+# format's own limit is 100 MB.
+MAX_HEADER = 8 * 2**20  # bytes
+_MAX_TENSORS = 2**15
 _MAX_RANK = 8
 _MAX_SIZE = 2**48  # bytes or elements; more would be 256 TiB in one file
 _NAME = re.compile(r"(?=.{1,255}\Z)[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\Z")
 
 
 class Stored(NamedTuple):
-    """A tensor as a safetensors header declares it; `start` and `end` are bytes of the file."""
+    """A tensor as a safetensors header declares it; `start` and `end` are bytes of the file.
+
+    `stamp` is what tells that file from another, or from itself once somebody has written to it.
+    """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    stamp: tuple[int, ...] = ()
 
 
 class Spec(NamedTuple):
@@ -55,6 +62,7 @@ def read_header(descriptor: int, file: str, where: str) -> dict[str, Stored]:
         CheckpointError: anything but a well-formed header whose tensors cover the data exactly.
     """
     try:
+        stamp = stamp_of(descriptor)
         size = os.fstat(descriptor).st_size
         prefix = os.pread(descriptor, 8, 0)
         if len(prefix) < 8:
@@ -62,9 +70,16 @@ def read_header(descriptor: int, file: str, where: str) -> dict[str, Stored]:
         (length,) = struct.unpack("<Q", prefix)
         if length > min(MAX_HEADER, size - 8):
             raise ValueError(f"header of {length} bytes in a file of {size}")
-        return parse_header(os.pread(descriptor, length, 8), size, file)
+        found = parse_header(os.pread(descriptor, length, 8), size, file)
+        return {name: each._replace(stamp=stamp) for name, each in found.items()}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: bad safetensors header: {one_line(error)}") from None
+
+
+def stamp_of(descriptor: int) -> tuple[int, ...]:
+    """Device, number, size and time of the last change of an open file."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def parse_header(text: bytes, size: int, file: str) -> dict[str, Stored]:
@@ -75,16 +90,31 @@ def parse_header(text: bytes, size: int, file: str) -> dict[str, Stored]:
     """
     if text[:1] != b"{":
         raise ValueError("it does not begin with {")
+    if (count := text.count(b"data_offsets")) > _MAX_TENSORS:
+        raise ValueError(f"{count} tensors; at most {_MAX_TENSORS} are read")
     header = parse_json(text)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__: not a map from text to text")
     begin = 8 + len(text)
     found = [_stored(name, entry, file, begin) for name, entry in header.items()]
-    found.sort(key=lambda each: each[1][-2:])
+    found.sort(key=lambda each: (each[1].start, each[1].end))
     _check_cover(found, begin, size)
     _check_names(header)
     return dict(found)
+
+
+def parse_file(data: bytes, file: str) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors and the metadata of a small file that is in memory as a whole.
+
+    Raises:
+        ValueError: see `read_header`.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
+        raise ValueError(f"header of {length} bytes in a file of {len(data)}")
+    text = data[8 : 8 + length]
+    return parse_header(text, len(data), file), parse_json(text).get("__metadata__", {})
 
 
 def header_bytes(specs: Sequence[Spec]) -> bytes:
@@ -109,17 +139,17 @@ def _stored(name: str, entry: Any, file: str, begin: int) -> tuple[str, Stored]:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end], **rest}:
             pass
         case _:
-            raise ValueError(f"{_shown(name)}: malformed entry")
+            raise ValueError(f"{shown(name)}: not a map of dtype, shape and data_offsets")
     if rest:
-        raise ValueError(f"{_shown(name)}: unknown key {min(rest)!r}")
+        raise ValueError(f"{shown(name)}: unknown key {min(rest)!r}")
     if dtype not in STORED_ITEMSIZE:
-        raise ValueError(f"{_shown(name)}: unknown dtype {dtype[:20]!r}")
+        raise ValueError(f"{shown(name)}: unknown dtype {dtype[:20]!r}")
     if len(shape) > _MAX_RANK or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in shape):
-        raise ValueError(f"{_shown(name)}: shape {str(shape)[:80]}")
+        raise ValueError(f"{shown(name)}: shape {str(shape)[:80]}: not up to 8 sizes")
     if not all(type(n) is int and 0 <= n < _MAX_SIZE for n in (start, end)) or start > end:
-        raise ValueError(f"{_shown(name)}: data_offsets {str([start, end])[:80]}")
+        raise ValueError(f"{shown(name)}: data_offsets {str([start, end])[:80]}: not a range")
     if end - start != math.prod(shape) * STORED_ITEMSIZE[dtype]:
-        raise ValueError(f"{_shown(name)}: {end - start} bytes for shape {shape} of {dtype}")
+        raise ValueError(f"{shown(name)}: {end - start} bytes for shape {shape} of {dtype}")
     return name, Stored(file, dtype, tuple(shape), begin + start, begin + end)
 
 
@@ -130,7 +160,7 @@ def _check_cover(found: Sequence[tuple[str, Stored]], begin: int, size: int) -> 
         if stored.start != reached:
             kind = "leave a hole" if stored.start > reached else "overlap"
             offsets = [stored.start - begin, stored.end - begin]
-            raise ValueError(f"{_shown(name)}: data_offsets {offsets} {kind}")
+            raise ValueError(f"{shown(name)}: data_offsets {offsets} {kind}")
         reached = stored.end
     if reached != size:
         raise ValueError(f"tensors end at byte {reached} of {size}")
@@ -139,12 +169,12 @@ def _check_cover(found: Sequence[tuple[str, Stored]], begin: int, size: int) -> 
 def _check_names(header: Mapping[str, Any]) -> None:
     for name in header:
         if not _NAME.match(name):
-            raise ValueError(f"{_shown(name)}: not a tensor's name")
+            raise ValueError(f"{shown(name)}: not a tensor's name")
     for one, other in pairwise(sorted(header, key=str.lower)):
         if one.lower() == other.lower():
             raise ValueError(f"{one} and {other}: differ in case only")
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name as it may stand in one line of an error."""
     return name if _NAME.match(name) else repr(name[:80])

@@ -1,14 +1,22 @@
 """Where each tensor of a folder is: one weight file, or several and their index."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from star_elastic.folder.header import Stored, read_header
-from star_elastic.folder.trust import CheckpointError, open_inside, read_json
+from star_elastic.folder.header import Stored, read_header, shown
+from star_elastic.folder.trust import (
+    CheckpointError,
+    is_plain,
+    one_line,
+    open_inside,
+    parse_json,
+    read_bytes,
+)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_TENSORS = 2**18  # of a model: what is named one by one; a trillion parameters have 2**17
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -24,35 +32,64 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 f"{folder}: holds neither {WEIGHTS} nor {INDEX} (only safetensors are read)"
             )
         return _headers(folder, [WEIGHTS])
-    weight_map, total = _index(folder / INDEX)
-    tensors = _headers(folder, sorted(set(weight_map.values())))
-    for name in sorted(weight_map.keys() ^ tensors.keys()):
-        there = "index" if name in weight_map else "files"
-        raise CheckpointError(f"{folder / INDEX}: {name[:255]!r}: only in the {there}")
-    for name, stored in tensors.items():
-        if weight_map[name] != stored.file:
-            raise CheckpointError(f"{folder / INDEX}: {name}: is in {stored.file}")
-    held = sum(stored.end - stored.start for stored in tensors.values())
-    if total is not None and total != held:
-        raise CheckpointError(f"{folder / INDEX}: metadata.total_size {total}, files hold {held}")
+    text = read_bytes(folder, INDEX)
+    try:
+        places, total = parse_index(text)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / INDEX}: {one_line(error)}") from None
+    if os.path.lexists(folder / WEIGHTS) and {*places.values()} != {WEIGHTS}:
+        # stock classes would read the one file, and not those that the index names
+        raise CheckpointError(f"{folder / INDEX}: {WEIGHTS} is there too, and is none of its files")
+    tensors = _headers(folder, sorted(set(places.values())))
+    try:
+        check_index(places, total, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / INDEX}: {one_line(error)}") from None
     return tensors
 
 
-def _index(path: Path) -> tuple[dict[str, str], int | None]:
-    """The weight map, and the total of bytes that the index tells, if it does."""
-    index = read_json(path)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map: not a map from tensor to file name")
-    for name, file in weight_map.items():
-        if not file.endswith(".safetensors") or Path(file).name != file or "\\" in file:
-            raise CheckpointError(
-                f"{path}: {name[:255]!r}: {file[:255]!r} is not a weight file of this folder"
-            )
-    total = metadata.get("total_size") if isinstance(metadata, dict) else metadata
-    if total is not None and type(total) not in (int, float):
-        raise CheckpointError(f"{path}: metadata.total_size: not a number of bytes")
-    return weight_map, total
+def parse_index(text: bytes) -> tuple[dict[str, str], int | None]:
+    """The file of each tensor, and the total of bytes, if the index tells it.
+
+    Raises:
+        ValueError: naming the tensor or field, and what is wrong with it.
+    """
+    try:
+        index = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"not readable as JSON: {error}") from None
+    places, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError("weight_map: not a map from tensor to file name")
+    for name, file in places.items():
+        if not is_plain(file) or not file.endswith(".safetensors"):
+            raise ValueError(f"{shown(name)}: {file[:80]!r} is not a weight file of this folder")
+    if not isinstance(metadata, dict):
+        raise ValueError("metadata: not a map")
+    total = metadata.get("total_size")
+    # a float is what some tools write; others write nothing
+    if total is not None and (type(total) not in (int, float) or total != total // 1 or total < 0):
+        raise ValueError("metadata.total_size: not a number of bytes")
+    return places, None if total is None else int(total)
+
+
+def check_index(
+    places: Mapping[str, str], total: int | None, tensors: Mapping[str, Stored]
+) -> None:
+    """Hold an index against the files that it names.
+
+    Raises:
+        ValueError: naming the tensor that is elsewhere, or the total that is another.
+    """
+    for name in sorted(places.keys() ^ tensors.keys()):
+        there = "index" if name in places else "files"
+        raise ValueError(f"{shown(name)}: only in the {there}")
+    for name, stored in tensors.items():
+        if places[name] != stored.file:
+            raise ValueError(f"{name}: is in {stored.file}")
+    held = sum(stored.end - stored.start for stored in tensors.values())
+    if total is not None and total != held:
+        raise ValueError(f"metadata.total_size: {str(total)[:20]}, the files hold {held}")
 
 
 def _headers(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
@@ -66,4 +103,6 @@ def _headers(folder: Path, files: Iterable[str]) -> dict[str, Stored]:
         for name in found.keys() & tensors.keys():
             raise CheckpointError(f"{folder / file}: {name}: also in {tensors[name].file}")
         tensors |= found
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{folder / file}: brings more than {MAX_TENSORS} tensors")
     return tensors

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from star_elastic.folder.header import Stored, read_header
+from star_elastic.folder.header import Stored, read_header, stamp_of
 from star_elastic.folder.trust import CheckpointError, one_line, open_inside
 
 
@@ -44,7 +44,7 @@ class Reader:
         try:
             if error is None:
                 for file, descriptor in self._files.items():
-                    if _stamp(descriptor) != self._stamps[file]:
+                    if stamp_of(descriptor) != self._stamps[file]:
                         raise CheckpointError(f"{self.folder / file}: changed while it was read")
         finally:
             self._close()
@@ -73,7 +73,7 @@ class Reader:
 
     def _open(self, file: str) -> None:
         descriptor = self._files[file] = open_inside(self.folder, file)
-        self._stamps[file] = _stamp(descriptor)
+        self._stamps[file] = stamp_of(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         expected = {name: each for name, each in self._stored.items() if each.file == file}
         if read_header(descriptor, file, str(self.folder / file)) != expected:
@@ -83,8 +83,3 @@ class Reader:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
-
-
-def _stamp(descriptor: int) -> tuple[int, ...]:
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from star_elastic import latency
 from star_elastic.budget import Metric
-from star_elastic.folder import CheckpointError, one_line
+from star_elastic.folder import (
+    CheckpointError,
+    Stored,
+    one_line,
+    parse_file,
+    parse_json,
+    read_bytes,
+)
 from star_elastic.layout import Layout
 from star_elastic.submodel import check_fields
 from star_elastic.symbols import DEPTH, symbol_of
@@ -29,6 +35,7 @@ from star_elastic.train.recipe import Routing
 
 ROUTER = "router.safetensors"
 _TRIED = 400  # combinations held against a budget, at most
+_MAX_BYTES, _MAX_CHOICES = 2**24, 2**12  # of a router's file; of all its axes
 Probabilities = dict[str, Tensor]  # axis -> (layers or 1, choices), rows sum to 1
 
 
@@ -274,18 +281,17 @@ def load_router(path: Path, layout: Layout) -> Router:
     Raises:
         CheckpointError: not a router, or one of another parent.
     """
+    data = read_bytes(path.parent, path.name, _MAX_BYTES)
     try:
-        with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})["router"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        stored, metadata = parse_file(data, path.name)
+        described = parse_json(metadata["router"].encode())
         if described["layer_order"] != layout.layer_order:
             raise ValueError("its layer_order is not the checkpoint's")
-        router = Router(
-            layout,
-            Routing.model_validate_json(json.dumps(described["settings"])),
-            Metric.model_validate_json(json.dumps(described["metric"])),
-            described["budgets"],
-        )
+        settings = Routing.model_validate_json(json.dumps(described["settings"]))
+        metric = Metric.model_validate_json(json.dumps(described["metric"]))
+        _check_sizes(settings, described["budgets"], stored)
+        router = Router(layout, settings, metric, described["budgets"])
+        tensors = load(data)
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ValueError("a weight is not finite")
         router.load_state_dict(tensors)
@@ -294,3 +300,16 @@ def load_router(path: Path, layout: Layout) -> Router:
     except Exception as error:
         raise CheckpointError(f"{path}: not the router of this parent: {one_line(error)}") from None
     return router.eval()
+
+
+def _check_sizes(settings: Routing, budgets: Sequence[float], stored: Mapping[str, Stored]) -> None:
+    """What the settings claim is in the file: only then is it worth the memory and the time."""
+    if (count := sum(map(len, settings.axes.values()))) > _MAX_CHOICES:
+        raise ValueError(f"axes: {count} choices; at most {_MAX_CHOICES} are read")
+    if len(settings.per_layer) > len(settings.axes):
+        raise ValueError("per_layer: more entries than axes")
+    for axis in settings.axes:
+        name, expected = f"networks.{axis}.0.weight", (settings.width, len(budgets))
+        if name not in stored or stored[name].shape != expected:
+            found = stored[name].shape if name in stored else "missing"
+            raise ValueError(f"{name[:80]}: {found}, expected {expected}")
