@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
+from bench.nano import SIZES, nano_config
 from bench.step_cost import Fixed, fixed_batch
 from star_elastic.layout import Layout
 from star_elastic.submodel import Fields
@@ -27,37 +27,6 @@ from star_elastic.train.parts import Parts
 from star_elastic.train.recipe import Optimise, Stage
 from star_elastic.train.teacher import Teacher
 from star_elastic.train.trainer import Trainer
-
-SIZES: dict[str, Fields] = {
-    "full": {},
-    "middle": {"hidden_size": 2304, "moe_intermediate_size": 1600},
-    "small": {"hidden_size": 1920, "moe_intermediate_size": 960},
-}
-
-
-def nano(pattern: str, experts: int) -> Any:
-    """Nemotron 3 Nano's widths with fewer layers and experts."""
-    return AutoConfig.for_model(
-        "nemotron_h",
-        hybrid_override_pattern=pattern,
-        vocab_size=131072,
-        hidden_size=2688,
-        num_attention_heads=32,
-        num_key_value_heads=2,
-        head_dim=128,
-        mamba_num_heads=64,
-        mamba_head_dim=64,
-        n_groups=8,
-        ssm_state_size=128,
-        conv_kernel=4,
-        chunk_size=128,
-        n_routed_experts=experts,
-        num_experts_per_tok=6,
-        moe_intermediate_size=1856,
-        moe_shared_expert_intermediate_size=3712,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
 
 
 def parts_of(layout: Layout, dtype: torch.dtype, device: str) -> Parts:
@@ -82,7 +51,7 @@ def flops(layout: Layout, fields: Fields, tokens: int) -> float:
 def stack(arguments: argparse.Namespace) -> dict[str, Any]:
     """Median step time, tokens per second and utilisation per size."""
     pattern = "".join("MEM*EMEMEM*E"[n % 12] for n in range(arguments.layers))
-    layout = Layout(nano(pattern, arguments.experts))
+    layout = Layout(nano_config(pattern, arguments.experts, "float32"))
     batch = fixed_batch(layout.sizes["vocab_size"], 1, arguments.length).to(
         torch.device(arguments.device)
     )

@@ -15,10 +15,10 @@ from star_elastic.dtypes import STORED_AS, dtype_of
 from star_elastic.folder import WEIGHTS, Shards, Spec, write_json
 from star_elastic.folder.header import header_bytes
 from star_elastic.layout import Layout
-from star_elastic.submodel import ElasticSpace
+from star_elastic.submodel import ElasticSpace, Fields
 
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-SIZES = {
+SIZES: dict[str, Fields] = {
     "full": {},
     "medium": {"hidden_size": 2304, "moe_intermediate_size": 1600},
     "small": {"hidden_size": 1920, "moe_intermediate_size": 960},
@@ -27,7 +27,9 @@ _BLOCK = 2**24
 _KINDS = {"M": "linear_attention", "*": "full_attention", "E": "moe"}
 
 
-def nano_config(pattern: str = PATTERN, experts: int = 128) -> NemotronHConfig:
+def nano_config(
+    pattern: str = PATTERN, experts: int = 128, dtype: str = "bfloat16"
+) -> NemotronHConfig:
     """Nemotron 3 Nano 30B-A3B, or fewer of its layers and experts."""
     return NemotronHConfig(
         layers_block_type=[_KINDS[letter] for letter in pattern],
@@ -46,7 +48,7 @@ def nano_config(pattern: str = PATTERN, experts: int = 128) -> NemotronHConfig:
         moe_intermediate_size=1856,
         moe_shared_expert_intermediate_size=3712,
         tie_word_embeddings=False,
-        dtype="bfloat16",
+        dtype=dtype,
     )
 
 

@@ -21,13 +21,13 @@ from models import (
 )
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, NemotronHConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench.nano import nano_config
 from star_elastic.layout import Layout
 from star_elastic.shapes import narrow
 from star_elastic.symbols import DEPTH
 
-NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 _MAMBA = {"mamba_num_heads", "mamba_head_dim"}
 _MOE = {"moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"}
 _SHARED = {"moe_shared_expert_intermediate_size"}
@@ -49,26 +49,7 @@ _DENSE_AXES = {"hidden_size", "intermediate_size", "num_attention_heads"}
 
 def nano() -> Layout:
     """Nemotron 3 Nano 30B-A3B."""
-    return Layout(
-        NemotronHConfig(
-            hybrid_override_pattern=NANO_PATTERN,
-            vocab_size=131072,
-            hidden_size=2688,
-            num_attention_heads=32,
-            num_key_value_heads=2,
-            head_dim=128,
-            mamba_num_heads=64,
-            mamba_head_dim=64,
-            n_groups=8,
-            ssm_state_size=128,
-            conv_kernel=4,
-            n_routed_experts=128,
-            num_experts_per_tok=6,
-            moe_intermediate_size=1856,
-            moe_shared_expert_intermediate_size=3712,
-            tie_word_embeddings=False,
-        )
-    )
+    return Layout(nano_config())
 
 
 def in_memory(model: PreTrainedModel) -> dict[str, Tensor]:
