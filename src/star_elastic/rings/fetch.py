@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def open_packed(source: str | Path, cache: str | Path | None = None) -> Packed:
     folder = Path(cache or _default_cache()) / hashlib.sha256(data).hexdigest()[:32]
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).is_file():
-        partial = folder / f".{MANIFEST}.{os.getpid()}.partial"
+        partial = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"  # threads fetch side by side
         partial.write_bytes(data)
         partial.replace(folder / MANIFEST)
     return Packed(where, manifest, folder, transport)
@@ -219,13 +220,20 @@ def _partial(file: Path) -> Iterator[Path | None]:
         held = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
-            if partial.exists() and os.path.samestat(os.fstat(held), os.lstat(partial)):
+            if _is_same(held, partial):
                 if file.is_file():
                     partial.unlink()
                 yield None if file.is_file() else partial
                 return
         finally:
             os.close(held)
+
+
+def _is_same(held: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(held), os.lstat(path))
+    except FileNotFoundError:  # its holder was done with it
+        return False
 
 
 def _sync(file: Path) -> None:
