@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from star_elastic.quantize import FORMATS as OURS
+from star_elastic.quantize import Format, format_of
+
 FORMATS = ["fp8", "fp8_rows", "int8", "nvfp4", "nvfp4_packed", "mxfp4", "int4"]
+NAMES = [each.name for each in OURS]
 GROUP = 8  # elements under one scale, in these tiny models
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -42,7 +46,8 @@ def meaning(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scale = tensors.get(f"{module}.weight_scale")
         if leaf in ("weight", "weight_packed") and scale is not None:
             values = _unpacked(tensor, tensors.get(f"{module}.weight_shape"))
-            found[f"{module}.weight"] = values * _spread(scale, values)
+            whole = tensors.get(f"{module}.weight_scale_2", torch.tensor(1.0))
+            found[f"{module}.weight"] = values * (_spread(scale, values) * whole)
         elif not leaf.startswith(("weight_", "input_")):
             found[name] = tensor
     return found
@@ -108,3 +113,18 @@ def _spread(scale: Tensor, values: Tensor) -> Any:
     if scale.dim() < 2:
         return scale
     return scale.repeat_interleave(values.shape[1] // scale.shape[1], 1)
+
+
+def form_of(name: str) -> Format:
+    return format_of(name, GROUP if name == "int4" else None)
+
+
+def encoded(form: Format, weight: Tensor) -> dict[str, Tensor]:
+    """Codes and scales of a whole matrix."""
+    whole = form.whole(weight.abs().amax())
+    scales = whole | form.rows(weight, whole)
+    return {form.codes: form.encode(weight, scales), **scales}
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

@@ -139,7 +139,7 @@ def _scale(weight: Weight, name: str, whole: tuple[int, ...], stored: Stored) ->
         raise _misfit(name, stored, whole)
     if len(shape) == 1:
         return replace(weight, name=name, dims=weight.dims[:1], blocks=(first,))
-    if shape[1] == 1:
+    if shape[1] == 1 and stored.dtype != "F8_E4M3":  # such a one is of a block, the only one
         return replace(weight, name=name, dims=(weight.dims[0], _ONE), blocks=(first, 1))
     if not shape[1] or columns % shape[1]:
         raise _misfit(name, stored, whole)

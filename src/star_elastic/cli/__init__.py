@@ -16,6 +16,7 @@ from star_elastic.cli import (
     fit,
     inspect,
     pack,
+    quantize,
     rank,
     slice,
     train,
@@ -49,6 +50,7 @@ def build_app() -> typer.Typer:
         verify.verify,
         pack.pack,
         unpack.unpack,
+        quantize.quantize,
         chat.chat,
     )
     for verb in verbs:

@@ -1,5 +1,6 @@
 """Sharded safetensors, written front to back: the headers are known before the first byte."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,15 +15,25 @@ class Shards:
     """Weight files of at most `max_shard_size` bytes of tensors, and their index; use with `with`.
 
     A tensor larger than that has a file of its own. `write` takes the tensors' bytes in the order
-    of the specs, in pieces of any length.
+    of the specs, in pieces of any length. `digested` files have their SHA-256 in `digests` after
+    leaving, of the bytes as they were written: no file is read again for it.
 
     Raises:
         ValueError: on leaving, bytes missing.
         OSError: the disk is full, or refuses; names the file.
     """
 
-    def __init__(self, folder: Path, specs: Sequence[Spec], max_shard_size: int = 5 * 10**9):
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[Spec],
+        max_shard_size: int = 5 * 10**9,
+        digested: bool = False,
+    ):
         self.folder = folder
+        self.digests: dict[str, str] = {}
+        self._digested = digested
+        self._hash = hashlib.sha256()
         self._shards = _filled(specs, max_shard_size)
         self.files = _names(len(self._shards))
         self._number = -1
@@ -49,9 +60,8 @@ class Shards:
         """Append bytes of the tensors, in order."""
         while len(data):
             self._roll()
-            assert self._file is not None
             piece = data[: self._left]
-            self._file.write(piece)
+            self._put(piece)
             self._left -= len(piece)
             data = data[len(piece) :]
 
@@ -60,8 +70,7 @@ class Shards:
         if self._left or self._number < len(self.files) - 1:
             where = self.folder / self.files[self._number]
             raise ValueError(f"{where}: {self._left} bytes were not written")
-        if self._file is not None:
-            self._file.finish()
+        self._end()
         if len(self.files) > 1:
             self._write_index()
 
@@ -70,14 +79,27 @@ class Shards:
         while not self._left and self._number < len(self.files) - 1:
             self._next()
 
-    def _next(self) -> None:
+    def _put(self, data: memoryview) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        if self._digested:
+            self._hash.update(data)
+
+    def _end(self) -> None:
+        """The file at hand is complete."""
         if self._file is not None:
             self._file.finish()
+            if self._digested:
+                self.digests[self.files[self._number]] = f"sha256:{self._hash.hexdigest()}"
+                self._hash = hashlib.sha256()
+
+    def _next(self) -> None:
+        self._end()
         self._close()
         self._number += 1
         shard = self._shards[self._number]
         self._file = Output(self.folder / self.files[self._number])
-        self._file.write(memoryview(header_bytes(shard)))
+        self._put(memoryview(header_bytes(shard)))
         self._left = sum(spec.bytes for spec in shard)
 
     def _close(self) -> None:

@@ -1,0 +1,72 @@
+"""`star-elastic quantize`: codes for numbers, once for every size."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from star_elastic.cli.moving import moving
+from star_elastic.cli.table import readable
+
+if TYPE_CHECKING:
+    from star_elastic.quantize import Plan
+
+
+def quantize(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint: a folder, or a hub id")],
+    format_: Annotated[str, typer.Option("--format", help="fp8, nvfp4, int8 or int4")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="leave as it is: '*.q_proj', or `attention`; may be repeated"),
+    ] = None,
+    group: Annotated[
+        int | None, typer.Option(help="columns under a scale of int4, 128 if not said")
+    ] = None,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="leave out the sizes that would cut inside a block")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="replace the folder if it exists")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="of a weight file: 5GB")] = "5GB",
+    check_digests: Annotated[
+        bool, typer.Option(help="read the whole parent first, against its digests")
+    ] = False,
+) -> None:
+    """Quantize a checkpoint once; every size cut from it is quantized already.
+
+    Gates, norms, convolutions, Mamba's own parameters, embeddings and lm_head stay as they are.
+    """
+    import torch
+
+    from star_elastic.budget import parse_bytes
+    from star_elastic.checkpoint import Checkpoint
+    from star_elastic.quantize import bytes_to_read, format_of, make_plan, quantize_checkpoint
+
+    torch.set_num_threads(1)  # blocks are small: threads would mostly wait for one another
+    console = Console(stderr=True)
+    form = format_of(format_, group)
+    plain = max_shard_size.isdecimal()
+    shard = int(max_shard_size) if plain else parse_bytes(max_shard_size, "--max-shard-size")
+    opened = Checkpoint.open(checkpoint, check_digests)
+    planned = make_plan(opened, form, keep or [])
+    _print_sizes(planned, drop, console)
+    with moving(console, "quantizing", bytes_to_read(planned)) as progress:
+        quantize_checkpoint(planned, out, drop, overwrite, shard, progress)
+    share = planned.bytes / opened.disk_bytes()
+    print(
+        f"{out}: {len(planned.chosen)} of {len(planned.tensors)} tensors in {form.name}, "
+        f"{readable(planned.bytes)}, {share:.3f} of the parent's"
+    )
+
+
+def _print_sizes(planned: "Plan", drop: bool, console: Console) -> None:
+    """Which sizes survive: every cut falls between blocks."""
+    from star_elastic.quantize import broken
+
+    for size in planned.checkpoint.space.submodels:
+        if reason := broken(planned, size.config):
+            verdict = "dropped" if drop else "does not survive"
+            console.print(f"[red]{size.name}: {verdict}: {reason}[/red]", soft_wrap=True)
+        else:
+            console.print(f"{size.name}: survives")
