@@ -152,6 +152,15 @@ def parse_bytes(text: str, flag: str) -> int:
     return round(_number(text, flag, _DECIMAL | _BINARY, "memory, such as 24GiB or 24GB"))
 
 
+def parse_shard_size(text: str) -> int:
+    """`--max-shard-size`: bytes with their unit, or a plain number of them.
+
+    Raises:
+        ValueError: naming flag and text.
+    """
+    return int(text) if text.isdecimal() else parse_bytes(text, "--max-shard-size")
+
+
 def parse_tokens(text: str, flag: str) -> int:
     """Tokens: `4096`, `32k` (of 1024, as contexts are told).
 

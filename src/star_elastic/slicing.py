@@ -116,6 +116,17 @@ def slice_all(
     `slice_checkpoint`."""
     refuse_source(checkpoint, targets)
     plans = {target: plan(checkpoint, size) for target, size in targets.items()}
+    write_slices(checkpoint, plans, overwrite, max_shard_size, progress)
+
+
+def write_slices(
+    checkpoint: Checkpoint,
+    plans: Mapping[Path, Plan],
+    overwrite: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    progress: Progress | None = None,
+) -> None:
+    """`slice_all` for slices that are planned already, none of them onto its source."""
     for target in plans:
         check_room(target, sum(each.bytes + _METADATA for each in plans.values()))
     with ExitStack() as stack:

@@ -39,15 +39,14 @@ def quantize(
     """
     import torch
 
-    from star_elastic.budget import parse_bytes
+    from star_elastic.budget import parse_shard_size
     from star_elastic.checkpoint import Checkpoint
     from star_elastic.quantize import bytes_to_read, format_of, make_plan, quantize_checkpoint
 
     torch.set_num_threads(1)  # blocks are small: threads would mostly wait for one another
     console = Console(stderr=True)
     form = format_of(format_, group)
-    plain = max_shard_size.isdecimal()
-    shard = int(max_shard_size) if plain else parse_bytes(max_shard_size, "--max-shard-size")
+    shard = parse_shard_size(max_shard_size)
     opened = Checkpoint.open(checkpoint, check_digests)
     planned = make_plan(opened, form, keep or [])
     _print_sizes(planned, drop, console)

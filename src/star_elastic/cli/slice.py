@@ -46,14 +46,13 @@ def slice_(
     Only the bytes that a size needs are read, and they go from file to file: no model is built.
     """
     from star_elastic.align import Alignment
-    from star_elastic.budget import parse_bytes
+    from star_elastic.budget import parse_shard_size
     from star_elastic.checkpoint import Checkpoint
-    from star_elastic.slicing import bytes_to_read, plan, slice_all
+    from star_elastic.slicing import bytes_to_read, plan, refuse_source, write_slices
 
     console = Console(stderr=True)
     alignment = Alignment.parse(align, tensor_parallel)
-    plain = max_shard_size.isdecimal()
-    shard = int(max_shard_size) if plain else parse_bytes(max_shard_size, "--max-shard-size")
+    shard = parse_shard_size(max_shard_size)
     opened = Checkpoint.open(checkpoint, check_digests)
     budget = {"params": params, "active": active, "memory": memory}
     ways = [size, set_, *budget.values()]
@@ -65,9 +64,10 @@ def slice_(
         cuts = {out: choose.by_fields(opened, set_, alignment)}
     else:
         cuts = {out: choose.within(opened, budget, context, batch, alignment, console)}
-    total = bytes_to_read([plan(opened, each) for each in cuts.values()])
-    with moving(console, "slicing", total) as progress:
-        slice_all(opened, cuts, overwrite, shard, progress)
+    refuse_source(opened, cuts)
+    plans = {folder: plan(opened, each) for folder, each in cuts.items()}
+    with moving(console, "slicing", bytes_to_read(list(plans.values()))) as progress:
+        write_slices(opened, plans, overwrite, shard, progress)
     _report(opened, cuts, console)
 
 
