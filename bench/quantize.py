@@ -24,7 +24,8 @@ from star_elastic.checkpoint import Checkpoint
 from star_elastic.dtypes import STORED_AS, STORED_ITEMSIZE, dtype_of
 from star_elastic.folder import Stored
 from star_elastic.layout import Layout
-from star_elastic.quantize import broken, format_of, make_plan
+from star_elastic.precision import format_of
+from star_elastic.quantize import broken, make_plan
 from star_elastic.submodel import ElasticSpace
 
 FORMATS = "fp8,nvfp4,int8,int4"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from star_elastic.quantize import FORMATS as OURS
-from star_elastic.quantize import Format, format_of
+from star_elastic.precision import FORMATS as OURS
+from star_elastic.precision import Format, format_of
 
 FORMATS = ["fp8", "fp8_rows", "int8", "nvfp4", "nvfp4_packed", "mxfp4", "int4"]
 NAMES = [each.name for each in OURS]

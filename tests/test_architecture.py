@@ -15,7 +15,7 @@ LEVELS = [  # imports point to a lower line
     {"shapes", "folder"},
     {"symbols"},
     {"layout"},
-    {"submodel", "scan", "conv", "records", "corner", "packed", "hub"},
+    {"submodel", "scan", "conv", "records", "corner", "packed", "hub", "precision"},
     {"card", "configs", "sources", "transfer"},
     {"checkpoint", "budget", "stock", "align"},
     {"tensors", "grid", "slicing"},

@@ -20,8 +20,9 @@ from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import CheckpointError, digest
 from star_elastic.model import ElasticModel
 from star_elastic.packed import packed_weights
-from star_elastic.quantize import bytes_to_read, format_of, make_plan, quantize_checkpoint
-from star_elastic.quantize.keep import KEPT
+from star_elastic.precision import format_of
+from star_elastic.precision.keep import KEPT
+from star_elastic.quantize import bytes_to_read, make_plan, quantize_checkpoint
 from star_elastic.slicing import slice_checkpoint
 from star_elastic.submodel import ElasticSpace, Fields
 from star_elastic.verify import check_slice

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from star_elastic.quantize import Format, format_of
+from star_elastic.precision import Format, format_of
 
 
 def library(form: Format, weight: Tensor) -> dict[str, Tensor]:

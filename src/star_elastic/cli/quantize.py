@@ -41,7 +41,8 @@ def quantize(
 
     from star_elastic.budget import parse_shard_size
     from star_elastic.checkpoint import Checkpoint
-    from star_elastic.quantize import bytes_to_read, format_of, make_plan, quantize_checkpoint
+    from star_elastic.precision import format_of
+    from star_elastic.quantize import bytes_to_read, make_plan, quantize_checkpoint
 
     torch.set_num_threads(1)  # blocks are small: threads would mostly wait for one another
     console = Console(stderr=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from star_elastic.quantize.formats import Format
+from star_elastic.precision import Format
 
 # Weights only: there is no `input_scale`, which engines want for the algorithm named `NVFP4`
 # (activations in four bits too) and would take from memory that nobody wrote.

@@ -11,8 +11,8 @@ from star_elastic.dtypes import STORED
 from star_elastic.folder import Spec, Stored
 from star_elastic.layout import Weight
 from star_elastic.packed import packed_weights
-from star_elastic.quantize.formats import Format
-from star_elastic.quantize.keep import ignored, quantized
+from star_elastic.precision import Format
+from star_elastic.precision.keep import ignored, quantized
 from star_elastic.submodel import ElasticSpace, Fields
 
 _NUMBERS = {"BF16", "F32", "F16"}

@@ -26,8 +26,8 @@ from star_elastic.folder import (
     write_file,
     write_json,
 )
+from star_elastic.precision.formats import Format, computed_in
 from star_elastic.quantize.declare import beside, config_of
-from star_elastic.quantize.formats import Format, computed_in
 from star_elastic.quantize.plan import Plan, surviving
 from star_elastic.slicing import refuse_source
 from star_elastic.submodel import ElasticSpace
