@@ -19,6 +19,7 @@ LEVELS = [  # imports point to a lower line
     {"card", "configs", "sources", "transfer"},
     {"checkpoint", "budget", "stock", "align"},
     {"tensors", "grid", "slicing"},
+    {"coded"},
     {"model", "adopt", "between", "verify", "rings"},
     {"rank", "evaluate", "latency"},
     {"search", "audit"},

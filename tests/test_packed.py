@@ -7,7 +7,7 @@ import pytest
 import torch
 from codes import FORMATS, meaning, quantize
 from folders import edit_json
-from models import elastic, same
+from models import elastic, logits, same, token_ids
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,8 +16,10 @@ from star_elastic.folder import CheckpointError
 from star_elastic.model import ElasticModel
 from star_elastic.packed import renumbered
 from star_elastic.slicing import slice_checkpoint
+from star_elastic.tensors import in_memory
 from star_elastic.verify import check_slice
 
+NOT_RUN = ["nvfp4_packed", "mxfp4"]
 SIZES = {  # multiples of the blocks of eight
     "nemotron_h": {"hidden_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 4},
     "llama": {"hidden_size": 16, "intermediate_size": 16},
@@ -80,10 +82,33 @@ def test_a_cut_inside_a_block_is_refused(kind: str, tmp_path: Path) -> None:
         )
 
 
-def test_codes_are_not_run(tmp_path: Path) -> None:
-    written("llama", tmp_path / "q", "fp8")
-    with pytest.raises(CheckpointError, match="quantized; it can be cut, packed and verified only"):
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in NOT_RUN])
+def test_what_others_wrote_is_run(family: str, kind: str, tmp_path: Path) -> None:
+    """Scales of activations aside: those stay numbers."""
+    written(family, tmp_path / "q", kind)
+    coded = ElasticModel.from_pretrained(tmp_path / "q")
+    save_file(meaning(load_file(tmp_path / "q/model.safetensors")), tmp_path / "numbers")
+    (tmp_path / "numbers").rename(tmp_path / "q/model.safetensors")
+    edit_json(tmp_path / "q/config.json", lambda values: values.pop("quantization_config"))
+    numbers, ids = ElasticModel.from_pretrained(tmp_path / "q"), token_ids()
+    numbers.parent.set_experts_implementation("eager")
+    for fields in ({}, SIZES[family]):
+        found, expected = (each.submodel(**fields) for each in (coded, numbers))
+        assert torch.equal(logits(found, ids), logits(expected, ids))
+
+
+@pytest.mark.parametrize("kind", NOT_RUN)
+def test_codes_that_are_cut_but_not_run(kind: str, tmp_path: Path) -> None:
+    written("llama", tmp_path / "q", kind)
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: no numbers are made of"):
         ElasticModel.from_pretrained(tmp_path / "q")
+
+
+def test_codes_are_not_ranked(tmp_path: Path) -> None:
+    written("llama", tmp_path / "q", "fp8")
+    opened = Checkpoint.open(tmp_path / "q")
+    with pytest.raises(CheckpointError, match="its weights are quantized"):
+        list(in_memory(opened, opened.layout.weights.values()))
 
 
 def test_scales_of_the_cache_belong_to_their_layer(tmp_path: Path) -> None:
@@ -102,6 +127,9 @@ def test_scales_of_the_cache_belong_to_their_layer(tmp_path: Path) -> None:
     for position, layer in enumerate(kept):
         assert found[f"model.layers.{position}.self_attn.k_proj.k_scale"] == 1.0 + layer
         assert found[f"model.layers.{position}.self_attn.v_scale"].tolist() == [2.0 + layer]
+    ids = token_ids()  # the cache of our models stays numbers
+    cut, parent = (ElasticModel.from_pretrained(tmp_path / each) for each in ("out", "q"))
+    assert torch.equal(logits(cut.parent, ids), logits(parent.submodel(**depth), ids))
 
 
 def test_the_declaration_follows_the_layers(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_error_is_within_half_a_step(
     "words, message",
     [
         (("fp4", None), "--format fp4: not one of fp8, nvfp4, int8, int4"),
-        (("fp8", 64), "--group 64: only int4 has groups of a chosen size"),
+        (("fp8", 64), "--group 64: only int4 and int8 have groups"),
         (("int4", 12), "--group 12: not a multiple of 8"),
     ],
 )

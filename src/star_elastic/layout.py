@@ -154,15 +154,21 @@ class Layout:
         kept = self.kept_layers(self.sizes_of(fields))
         return Layout(config, [kept.index(n) for n in self.layer_order if n in kept])
 
-    def view(self, state: "Mapping[str, Tensor]", weight: Weight) -> "Tensor":
-        """The part of an in-memory tensor that is stored on disk as `weight`."""
+    def view(
+        self, state: "Mapping[str, Tensor]", weight: Weight, child: Sizes | None = None
+    ) -> "Tensor":
+        """The part of an in-memory tensor that is stored on disk as `weight`.
+
+        Args:
+            child: the sizes that `state` has, if it is a submodel's under the parent's names.
+        """
         name, part = weight.place
         tensor = state[name]
         if weight.expert is None:
             return tensor
-        inner = self.weights[name].dims[1]
-        start = width(inner[:part], self.sizes)
-        return tensor[weight.expert].narrow(0, start, width(weight.dims[0], self.sizes))
+        sizes = at(child or self.sizes, weight.layer)
+        start = width(self.weights[name].dims[1][:part], sizes)
+        return tensor[weight.expert].narrow(0, start, width(weight.dims[0], sizes))
 
     def take(self, name: str, tensor: "Tensor", child: Sizes) -> "Tensor":
         """The child's part of the in-memory tensor `name`."""
@@ -273,6 +279,11 @@ class Layout:
             name = prefix + suffix.replace(brace, str(expert))
             place = (prefix + fused, part)
             yield Weight(self._on_disk(name), dims, layer, expert, place, suffix, is_buffer)
+
+    def in_memory(self, name: str) -> str:
+        """A name on disk as modules in memory have it: stock classes rename the first part."""
+        memory, disk = self.family.disk_prefix or ("", "")
+        return memory + name.removeprefix(disk) if disk and name.startswith(disk) else name
 
     def _on_disk(self, name: str) -> str:
         memory, disk = self.family.disk_prefix or ("", "")

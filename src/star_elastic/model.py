@@ -1,6 +1,6 @@
 """A parent in memory, and any submodel of it as a stock transformers model on the same weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from star_elastic import stock, tensors
+from star_elastic import coded, stock, tensors
 from star_elastic.checkpoint import Checkpoint
+from star_elastic.coded import Coded
 from star_elastic.folder import CheckpointError, Reader, one_line
 from star_elastic.layout import Layout
 from star_elastic.submodel import ElasticSpace, Fields, Submodel, check_fields
@@ -32,12 +33,15 @@ class ElasticModel:
         tokenizer: Any = None,
         source: Path | None = None,
         layer_order: Sequence[int] | None = None,
+        held: Coded | None = None,
     ):
+        """`held`: the parent's tensors, if they are codes; else they are read off the parent."""
         self.parent = stock.mend(parent)
         self.layout = Layout(parent.config, layer_order if space is None else space.layer_order)
         self.space = space or ElasticSpace.of(self.layout, {"full": {}}, trained=True)
         self.tokenizer = tokenizer
         self.source = source
+        self._held = held
         self._views: dict[str, PreTrainedModel] = {}
 
     @classmethod
@@ -47,21 +51,31 @@ class ElasticModel:
         dtype: torch.dtype | str = "auto",
         device: str | None = None,
         check_digests: bool = True,
+        bits: int | None = None,
     ) -> "ElasticModel":
         """Load an elastic checkpoint, or any model folder or hub id of a known family.
 
+        A quantized one stays codes and scales, from which numbers are made as they are needed.
+
+        Args:
+            bits: read codes of eight bits in groups at fewer, at every size; `submodel` may differ.
+
         Raises:
             CheckpointError: the folder is not what it says; see `Checkpoint.open`.
+            ValueError: codes that are not run, or not at so few bits.
         """
         opened = Checkpoint.open(path, check_digests)
-        tensors.refuse_codes(opened)
-        parent, info = _load(opened, dtype)
-        if lost := set(info["missing_keys"]) | set(info["mismatched_keys"]):
-            raise CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
         has_tokenizer = (opened.path / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(opened.path) if has_tokenizer else None
-        parent = parent.to(device) if device else parent
-        return cls(parent.eval(), opened.space, tokenizer, opened.path)
+        held = None
+        if opened.is_quantized:
+            parent, held = coded.load(opened, dtype, device, bits)
+        elif bits is not None:
+            raise ValueError(f"{opened.path}: bits {bits}: its weights are no codes")
+        else:
+            parent = _load(opened, dtype)
+            parent = parent.to(device) if device else parent
+        return cls(parent.eval(), opened.space, tokenizer, opened.path, held=held)
 
     @property
     def sizes(self) -> dict[str, Submodel]:
@@ -75,10 +89,13 @@ class ElasticModel:
             self._views[name] = self.submodel(**self.sizes[name].config)
         return self._views[name]
 
-    def submodel(self, **fields: int | list[int]) -> PreTrainedModel:
+    def submodel(self, bits: int | None = None, **fields: int | list[int]) -> PreTrainedModel:
         """A stock model of any size, e.g. `submodel(hidden_size=96)`, on views of the parent.
 
         A list gives one value per layer of the parent; such a model is made of stock layers.
+
+        Args:
+            bits: read codes of eight bits in groups at fewer, from the same copy.
 
         Raises:
             ValueError: a size this parent cannot hold, or that the stock class cannot express.
@@ -86,9 +103,15 @@ class ElasticModel:
         check_fields(self.layout, fields)
         model = stock.build_child(self.layout, fields).eval()
         with torch.no_grad():
-            stock.set_tensors(model, self.narrowed(fields))
+            if self._held is not None:
+                self._held.fill(model, fields, bits)
+            elif bits is not None:
+                raise ValueError(f"bits {bits}: the weights are no codes")
+            else:
+                stock.set_tensors(model, self.narrowed(fields))
         stock.share_constants(model, self.parent)
         model.tie_weights()
+        stock.refuse_meta(model)
         if self.parent.generation_config is not None:
             values = self.parent.generation_config.to_dict()
             model.generation_config = GenerationConfig.from_dict(values)
@@ -107,8 +130,10 @@ class ElasticModel:
         }
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """The parent's tensors by in-memory name, as they are (not detached)."""
+    def state(self) -> Mapping[str, Tensor]:
+        """The parent's tensors by in-memory name, as they are (not detached); codes are codes."""
+        if self._held is not None:
+            return self._held.tensors
         named = stock.get_tensors(self.parent)
         return {name: named[name] for name in self.layout.weights}
 
@@ -126,15 +151,18 @@ class ElasticModel:
 
         Raises:
             FileExistsError: the folder exists and `overwrite` is false.
+            ValueError: a quantized one, whose folder is what there is to copy.
         """
+        if self._held is not None:
+            raise ValueError(f"{self.source}: its weights are quantized; copy the folder")
         with torch.no_grad():
             tensors.write(
                 path, self.state, self.layout, self.space, self.source, self.tokenizer, overwrite
             )
 
 
-def _load(opened: Checkpoint, dtype: torch.dtype | str) -> tuple[Any, dict[str, Any]]:
-    """The stock model of a verified folder, under the config that was verified; and what it lacks.
+def _load(opened: Checkpoint, dtype: torch.dtype | str) -> Any:
+    """The stock model of a verified folder, under the config that was verified.
 
     Raises:
         CheckpointError: the stock class refuses it, or it would not be the folder's own weights.
@@ -155,11 +183,14 @@ def _load(opened: Checkpoint, dtype: torch.dtype | str) -> tuple[Any, dict[str, 
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-        return loaded
     except CheckpointError:
         raise
     except Exception as error:  # many libraries, many kinds
         raise CheckpointError(f"{opened.path}: not loaded: {one_line(error)}") from None
+    parent, info = loaded
+    if lost := set(info["missing_keys"]) | set(info["mismatched_keys"]):
+        raise CheckpointError(f"{opened.path}: {min(lost)}: not loaded")
+    return parent
 
 
 def load_tokenizer(folder: str | Path) -> Any:

@@ -27,7 +27,7 @@ _CODES: dict[tuple[str, str], tuple[list[tuple[int, int]], set[str]]] = {
 _SCALES = {"weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"}
 _SCALE_DTYPES = {"F32", "F16", "BF16", "F8_E4M3", "U8"}  # U8: powers of two
 _ZERO_DTYPES = {"I8", "U8", "I32", "F8_E4M3"}
-_SCALARS = {"input_scale", "input_global_scale", "k_scale", "v_scale", "q_scale"}
+SCALARS = {"input_scale", "input_global_scale", "k_scale", "v_scale", "q_scale"}  # of activations
 _LAYER = re.compile(r"layers\.(\d+)(?![^.])")  # a layer by its number, as a name
 
 
@@ -52,7 +52,7 @@ def packed_weights(layout: Layout, stored: Mapping[str, Stored]) -> dict[str, We
             found[name] = weight
     for name in sorted(stored.keys() - found.keys()):
         module, _, leaf = name.rpartition(".")
-        if leaf in _SCALARS and module in modules:
+        if leaf in SCALARS and module in modules:
             found[name] = _scalar(name, modules[module], stored[name])
     return found
 

@@ -119,6 +119,16 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
+def refuse_meta(model: nn.Module) -> None:
+    """Hold that every tensor of a model that was built on `meta` has come.
+
+    Raises:
+        ValueError: naming one that has not.
+    """
+    if missing := [name for name, tensor in get_tensors(model).items() if tensor.is_meta]:
+        raise ValueError(f"{min(missing)}: not loaded")
+
+
 def fill_constants(model: PreTrainedModel) -> None:
     """Compute the rotary frequencies of a model built on `meta`: no checkpoint holds them."""
     for module in model.modules():

@@ -46,20 +46,21 @@ def dtype_of(opened: Checkpoint, weight: Weight) -> torch.dtype:
     Raises:
         CheckpointError: it stands there as codes.
     """
-    refuse_codes(opened)
-    first = opened.layout.pieces[weight.name][0]
+    first, *others = opened.layout.pieces[weight.name]
+    if any(opened.weights.get(piece.name) is not piece for piece in (first, *others)):
+        refuse_codes(opened)
     return getattr(torch, STORED[opened.stored[first.name].dtype])
 
 
 def refuse_codes(opened: Checkpoint) -> None:
-    """Models are run and trained in floating point.
+    """Models are ranked and trained in floating point.
 
     Raises:
         CheckpointError: the checkpoint is quantized.
     """
     if opened.is_quantized:
         raise CheckpointError(
-            f"{opened.path}: its weights are quantized; it can be cut, packed and verified only"
+            f"{opened.path}: its weights are quantized: they run and are cut, no more"
         )
 
 

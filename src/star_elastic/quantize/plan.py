@@ -11,8 +11,7 @@ from star_elastic.dtypes import STORED
 from star_elastic.folder import Spec, Stored
 from star_elastic.layout import Weight
 from star_elastic.packed import packed_weights
-from star_elastic.precision import Format
-from star_elastic.precision.keep import ignored, quantized
+from star_elastic.precision import Format, Groups, ignored, quantized
 from star_elastic.submodel import ElasticSpace, Fields
 
 _NUMBERS = {"BF16", "F32", "F16"}
@@ -114,7 +113,7 @@ def _codes(checkpoint: Checkpoint, form: Format, weight: Weight) -> list[Spec]:
     if stored.dtype not in _NUMBERS:
         raise ValueError(f"{weight.name}: dtype {stored.dtype} is not quantized")
     if columns % form.block:
-        smaller = " or a smaller --group" if form.name == "int4" else ""
+        smaller = " or a smaller --group" if isinstance(form, Groups) else ""
         raise ValueError(
             f"{weight.name}: its {columns} columns do not fill blocks of {form.block}; "
             f"--keep '*.{weight.name.split('.')[-2]}.*'{smaller} would do"

@@ -26,7 +26,7 @@ from star_elastic.folder import (
     write_file,
     write_json,
 )
-from star_elastic.precision.formats import Format, computed_in
+from star_elastic.precision import Format, computed_in
 from star_elastic.quantize.declare import beside, config_of
 from star_elastic.quantize.plan import Plan, surviving
 from star_elastic.slicing import refuse_source
