@@ -14,7 +14,8 @@ from star_elastic.precision import FORMATS as OURS
 from star_elastic.precision import Format, format_of
 
 FORMATS = ["fp8", "fp8_rows", "int8", "nvfp4", "nvfp4_packed", "mxfp4", "int4"]
-NAMES = [each.name for each in OURS]
+NAMES = [*(each.name for each in OURS), "int8_groups"]
+GROUPED = ["int4", "int8_groups"]
 GROUP = 8  # elements under one scale, in these tiny models
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
@@ -102,8 +103,10 @@ def _unpacked(codes: Tensor, shape: Tensor | None) -> Tensor:
         return _E2M1[both & 7] * (1 - 2 * (both >> 3))
     if codes.dtype == torch.int32:
         assert shape is not None
-        values = (codes[..., None] >> (4 * torch.arange(8, dtype=torch.int32))) & 15
-        return (values.float() - 8).view(*shape.tolist())
+        bits = 32 * codes.numel() // int(shape.prod())
+        shifts = bits * torch.arange(32 // bits, dtype=torch.int32)
+        values = (codes[..., None] >> shifts) & (2**bits - 1)
+        return (values.float() - 2 ** (bits - 1)).view(*shape.tolist())
     return codes.float()
 
 
@@ -115,8 +118,8 @@ def _spread(scale: Tensor, values: Tensor) -> Any:
     return scale.repeat_interleave(values.shape[1] // scale.shape[1], 1)
 
 
-def form_of(name: str) -> Format:
-    return format_of(name, GROUP if name == "int4" else None)
+def form_of(name: str, group: int = GROUP) -> Format:
+    return format_of(name.removesuffix("_groups"), group if name in GROUPED else None)
 
 
 def encoded(form: Format, weight: Tensor) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ LEVELS = [  # imports point to a lower line
     {"symbols"},
     {"layout"},
     {"submodel", "scan", "conv", "records", "corner", "packed", "hub", "precision"},
-    {"card", "configs", "sources", "transfer"},
+    {"card", "configs", "sources", "transfer", "fewer"},
     {"checkpoint", "budget", "stock", "align"},
     {"tensors", "grid", "slicing"},
     {"coded"},

@@ -111,7 +111,7 @@ def test_the_slice_of_codes_is_the_codes_of_the_slice(
         assert torch.equal(raw(again), raw(cut[f"{module}.{form.codes}"]))
         for leaf, scale in scales.items():
             assert torch.equal(raw(cut[f"{module}.{leaf}"]), raw(scale))
-        if form.name == "int4":
+        if form.codes == "weight_packed":
             assert cut[f"{module}.weight_shape"].tolist() == list(narrowed.shape)
         seen += 1
     assert seen >= 7
@@ -314,7 +314,7 @@ def test_what_is_declared_is_what_is_written(tmp_path: Path) -> None:
     assert "NVFP4" in (tmp_path / "coded/README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int8_groups"])
 def test_stock_transformers_reads_what_we_mean(name: str, tmp_path: Path) -> None:
     """Through compressed-tensors, the parent and a slice; nothing missing, nothing drawn anew."""
     plain = parent_of("llama", tmp_path / "plain", torch.float32)

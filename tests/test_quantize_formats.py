@@ -13,12 +13,15 @@ from torch import Tensor
 from star_elastic.precision import Format, format_of
 
 
-def library(form: Format, weight: Tensor) -> dict[str, Tensor]:
+def library(name: str, form: Format, weight: Tensor) -> dict[str, Tensor]:
     """Codes and scales that compressed-tensors makes of a matrix."""
     args = {
         "fp8": QuantizationArgs(num_bits=8, type="float", strategy="tensor"),
         "int8": QuantizationArgs(num_bits=8, type="int", strategy="channel"),
         "int4": QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=form.block),
+        "int8_groups": QuantizationArgs(
+            num_bits=8, type="int", strategy="group", group_size=form.block
+        ),
         "nvfp4": QuantizationArgs(
             num_bits=4,
             type="float",
@@ -27,17 +30,18 @@ def library(form: Format, weight: Tensor) -> dict[str, Tensor]:
             scale_dtype=torch.float8_e4m3fn,
             zp_dtype=torch.float8_e4m3fn,
         ),
-    }[form.name]
-    layout = {"fp8": "float", "int8": "int", "int4": "pack", "nvfp4": "nvfp4-pack"}[form.name]
+    }[name]
+    layouts = {"fp8": "float", "int8": "int", "nvfp4": "nvfp4-pack"}
+    layout = layouts.get(name, "pack")
     blocks = weight.unflatten(1, (-1, form.block)) if form.block > 1 else weight
-    dims = {"fp8": (0, 1)}.get(form.name, -1)
+    dims = {"fp8": (0, 1)}.get(name, -1)
     low, high = blocks.amin(dims), blocks.amax(dims)
     state = {"weight": weight}
-    if form.name == "nvfp4":
+    if name == "nvfp4":
         state["weight_global_scale"] = generate_gparam(weight.amin(), weight.amax())
     found = calculate_qparams(low, high, args, state.get("weight_global_scale"))
     for leaf, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
-        state[leaf] = value[:, None] if form.name == "int8" else value
+        state[leaf] = value[:, None] if name == "int8" else value
     compressor = BaseCompressor.get_value_from_registry(f"{layout}-quantized")
     return compressor.compress(state, QuantizationScheme(targets=["Linear"], weights=args))
 
@@ -62,9 +66,9 @@ def awkward(dtype: torch.dtype, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_and_scales_are_the_librarys(name: str, seed: int, dtype: torch.dtype) -> None:
-    form = format_of(name, 32 if name == "int4" else None)
+    form = form_of(name, 32)
     weight = awkward(dtype, seed)
-    mine, theirs = encoded(form, weight), library(form, weight)
+    mine, theirs = encoded(form, weight), library(name, form, weight)
     codes = theirs.get("weight_packed", theirs.get("weight"))
     assert torch.equal(raw(mine[form.codes]), raw(codes))
     assert mine["weight_scale"].dtype == theirs["weight_scale"].dtype
@@ -81,7 +85,7 @@ def test_the_global_scale_comes_back(largest: float) -> None:
     """Codes made with what the file tells are those of the library's own global scale."""
     weight = torch.linspace(-largest, largest, 4096).view(16, 256).to(torch.bfloat16)
     form = form_of("nvfp4")
-    mine, theirs = encoded(form, weight), library(form, weight)
+    mine, theirs = encoded(form, weight), library("nvfp4", form, weight)
     assert torch.equal(mine["weight"], theirs["weight_packed"])
     assert torch.equal(mine["weight_scale"].float(), theirs["weight_scale"].float())
 
@@ -89,7 +93,7 @@ def test_the_global_scale_comes_back(largest: float) -> None:
 def test_a_matrix_of_zeros_means_zeros() -> None:
     for name in NAMES:
         form, weight = form_of(name), torch.zeros(4, 32, dtype=torch.bfloat16)
-        mine, theirs = encoded(form, weight), library(form, weight)
+        mine, theirs = encoded(form, weight), library(name, form, weight)
         assert torch.equal(raw(mine["weight_scale"]), raw(theirs["weight_scale"]))
         assert torch.equal(form.decode(mine[form.codes], mine), weight.float())
 

@@ -7,17 +7,18 @@ several sizes are cut in one pass over the parent.
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from star_elastic import card, configs, packed
+from star_elastic import card, configs, fewer, packed
 from star_elastic.checkpoint import QUANTIZATION, Checkpoint, copy_companions
 from star_elastic.corner import Corner, corner_of, total, union
 from star_elastic.dtypes import STORED, STORED_ITEMSIZE
+from star_elastic.fewer import Convert
 from star_elastic.folder import (
     Reader,
     Shards,
@@ -47,6 +48,7 @@ class Piece:
     weight: Weight
     spec: Spec
     corner: Corner
+    convert: Convert | None = None  # what becomes of its bytes, if they do not stay
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,12 @@ def slice_checkpoint(
     fields: Fields | None = None,
     overwrite: bool = False,
     max_shard_size: int = 5 * 10**9,
+    bits: int | None = None,
 ) -> Submodel:
     """Cut one size out into a stock folder that loads without this package.
 
-    Exactly one of `size` (a name) and `fields` (config fields) says which.
+    Exactly one of `size` (a name) and `fields` (config fields) says which. `bits`: of codes of
+    eight bits in groups, keep four.
 
     Raises:
         CheckpointError: no such size; a parent that cannot be read, or changes meanwhile.
@@ -91,7 +95,7 @@ def slice_checkpoint(
     if (size is None) == (fields is None):
         raise ValueError("slice: say either a size's name or config fields")
     cut = custom(checkpoint, fields or {}) if size is None else checkpoint.size(size)
-    slice_all(checkpoint, {Path(target): cut}, overwrite, max_shard_size)
+    slice_all(checkpoint, {Path(target): cut}, overwrite, max_shard_size, bits=bits)
     return cut
 
 
@@ -111,11 +115,12 @@ def slice_all(
     overwrite: bool = False,
     max_shard_size: int = 5 * 10**9,
     progress: Progress | None = None,
+    bits: int | None = None,
 ) -> None:
     """Cut several sizes, each into its own folder, in one pass over the parent; see
     `slice_checkpoint`."""
     refuse_source(checkpoint, targets)
-    plans = {target: plan(checkpoint, size) for target, size in targets.items()}
+    plans = {target: plan(checkpoint, size, bits) for target, size in targets.items()}
     write_slices(checkpoint, plans, overwrite, max_shard_size, progress)
 
 
@@ -143,14 +148,20 @@ def write_slices(
             write_beside(checkpoint, each, folders[target])
 
 
-def plan(checkpoint: Checkpoint, size: Submodel) -> Plan:
+def plan(checkpoint: Checkpoint, size: Submodel, bits: int | None = None) -> Plan:
     """Names, shapes and bytes of a slice.
 
+    Args:
+        bits: of codes of eight bits in groups, keep so many: four.
+
     Raises:
-        ValueError: the stock class cannot express it, or it cuts inside a block of codes.
+        ValueError: the stock class cannot express it, it cuts inside a block of codes, or codes
+            are not of eight bits in groups.
     """
     layout = checkpoint.layout
     config = configs.config_json(configs.child_config(layout, size.config))
+    if bits is not None:
+        config["quantization_config"] = fewer.declared(checkpoint.path, config, bits)
     child = layout.sizes_of(size.config)
     quantization = None
     if checkpoint.is_quantized:
@@ -163,6 +174,8 @@ def plan(checkpoint: Checkpoint, size: Submodel) -> Plan:
             beside = read_json(checkpoint.path / QUANTIZATION)
             quantization = packed.renumbered(beside, here)
     pieces = {piece.weight.name: piece for piece in _pieces(checkpoint, child)}
+    if bits is not None:
+        pieces = {name: _at_fewer_bits(piece, pieces) for name, piece in pieces.items()}
     ordered = {name: pieces[name] for name in checkpoint.stored if name in pieces}
     return Plan(size, config, quantization, child, ordered)
 
@@ -181,6 +194,14 @@ def _pieces(checkpoint: Checkpoint, child: Sizes) -> Iterator[Piece]:
         dtype = checkpoint.stored[weight.name].dtype
         corner = corner_of(weight, STORED_ITEMSIZE[dtype], parent, child)
         yield Piece(name, weight, Spec(name, dtype, weight.shape(child)), corner)
+
+
+def _at_fewer_bits(piece: Piece, pieces: Mapping[str, Piece]) -> Piece:
+    beside = pieces.get(piece.weight.name.rpartition(".")[0] + ".weight_packed")
+    found = fewer.fewer(piece.name, piece.weight, piece.spec, beside and beside.weight)
+    if found is None:
+        return piece
+    return replace(piece, weight=found.weight, spec=found.spec, convert=found.convert)
 
 
 def _by_tensor(plans: Sequence[Plan]) -> dict[str, list[tuple[int, Piece]]]:
@@ -206,7 +227,8 @@ def _cut(
 
 def _write(shard: Shards, planned: Plan, piece: Piece, data: memoryview) -> None:
     told = piece.name.endswith(packed.SHAPE)
-    shard.write(shape_of(planned, piece) if told else data)
+    kept = data if piece.convert is None else piece.convert(data)
+    shard.write(shape_of(planned, piece) if told else kept)
 
 
 def shape_of(planned: Plan, piece: Piece) -> memoryview:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="a folder, or a hub id")],
     size: Annotated[str | None, typer.Option(help="the size to begin with")] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="read codes of eight bits in groups at fewer: 2 to 8")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="per answer")] = 256,
 ) -> None:
     """Ask and answer; `/size NAME` changes the size, `/sizes` lists them, `/quit` ends."""
@@ -20,7 +23,7 @@ def chat(
 
     stock.quiet()
     console = Console()
-    model = ElasticModel.from_pretrained(checkpoint)
+    model = ElasticModel.from_pretrained(checkpoint, bits=bits)
     if model.tokenizer is None:
         raise ValueError(f"{checkpoint}: no tokenizer_config.json; chat needs a tokenizer")
     name = size or next(iter(model.sizes))

@@ -22,6 +22,9 @@ def evaluate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="override a key of that recipe")
     ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="read codes of eight bits in groups at fewer: 2 to 8")
+    ] = None,
     write: Annotated[bool, typer.Option(help="store the figures in the checkpoint")] = False,
     json: Annotated[bool, typer.Option("--json", help="a list of objects, one a size")] = False,
 ) -> None:
@@ -41,7 +44,9 @@ def evaluate(
 
     stock.quiet()
     console = Console(stderr=True)
-    model = ElasticModel.from_pretrained(checkpoint)
+    if write and bits is not None:
+        raise ValueError(f"--write, --bits {bits}: a checkpoint tells the quality of all its bits")
+    model = ElasticModel.from_pretrained(checkpoint, bits=bits)
     if model.tokenizer is None:
         raise ValueError(f"{checkpoint}: no tokenizer_config.json; evaluate needs a tokenizer")
     plan = None if baselines is None else load_recipe(baselines, set_ or ())

@@ -35,6 +35,9 @@ def slice_(
         str | None, typer.Option(help="widths in multiples: 16, 128, or nvfp4, mxfp4, gguf")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="ranks that share the widths out")] = 1,
+    bits: Annotated[
+        int | None, typer.Option(help="keep 4 of 8 bits (of `quantize --format int8 --group N`)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="replace the folder if it exists")] = False,
     max_shard_size: Annotated[str, typer.Option(help="of a weight file: 5GB")] = "5GB",
     check_digests: Annotated[
@@ -65,7 +68,7 @@ def slice_(
     else:
         cuts = {out: choose.within(opened, budget, context, batch, alignment, console)}
     refuse_source(opened, cuts)
-    plans = {folder: plan(opened, each) for folder, each in cuts.items()}
+    plans = {folder: plan(opened, each, bits) for folder, each in cuts.items()}
     with moving(console, "slicing", bytes_to_read(list(plans.values()))) as progress:
         write_slices(opened, plans, overwrite, shard, progress)
     _report(opened, cuts, console)
