@@ -89,7 +89,7 @@ class ElasticModel:
             self._views[name] = self.submodel(**self.sizes[name].config)
         return self._views[name]
 
-    def submodel(self, bits: int | None = None, **fields: int | list[int]) -> PreTrainedModel:
+    def submodel(self, *, bits: int | None = None, **fields: int | list[int]) -> PreTrainedModel:
         """A stock model of any size, e.g. `submodel(hidden_size=96)`, on views of the parent.
 
         A list gives one value per layer of the parent; such a model is made of stock layers.
