@@ -62,7 +62,7 @@ def test_a_size_is_cut_from_a_hub_id(hub: FakeHub, written: Path, tmp_path: Path
     assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == child["hidden_size"]
     asked = hub.files_asked()
     assert {"config.json", WEIGHTS} <= asked
-    assert asked.isdisjoint({*others, "README.md", "weights.safetensors"})
+    assert asked.isdisjoint({*others, "weights.safetensors"})
 
 
 def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path) -> None:

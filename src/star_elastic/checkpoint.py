@@ -183,9 +183,9 @@ def declare(checkpoint: Checkpoint, space: ElasticSpace) -> None:
 
 def write_card(folder: Path, layout: Layout, space: ElasticSpace) -> None:
     """The card of a checkpoint; a publisher's own stays as it is."""
-    path = folder / "README.md"
+    path = folder / card.CARD
     if not os.path.lexists(path) or card.is_ours(path.read_text("utf-8", "replace")):
-        replace_file(path, card.of_checkpoint(layout, space).encode())
+        replace_file(path, card.of_checkpoint(layout, space, card.licence_of(folder)).encode())
 
 
 def _declared(path: Path, values: Mapping[str, Any]) -> tuple[Layout, ElasticSpace]:

@@ -31,6 +31,7 @@ _WANTED = (
     "vocab.*",
     "merges.txt",
     "LICENSE*",
+    "README.md",  # which tells the licence
 )
 _UNWANTED = ("*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.pkl")  # whatever their names begin with
 _SHA256 = re.compile(r"[0-9a-f]{64}")

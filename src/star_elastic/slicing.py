@@ -243,8 +243,15 @@ def write_beside(checkpoint: Checkpoint, planned: Plan, folder: Path) -> None:
     write_json(folder / "config.json", planned.config)
     if planned.quantization is not None:
         write_json(folder / QUANTIZATION, planned.quantization)
-    text = card.of_slice(checkpoint.path.resolve().name, planned.size, checkpoint.space)
-    write_file(folder / "README.md", text.encode())
+    text = card.of_slice(
+        checkpoint.path.resolve().name,
+        planned.size,
+        checkpoint.layout,
+        checkpoint.space,
+        card.licence_of(checkpoint.path),
+        planned.config.get("quantization_config"),
+    )
+    write_file(folder / card.CARD, text.encode())
     copy_companions(checkpoint.path, folder)
 
 

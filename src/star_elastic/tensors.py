@@ -125,7 +125,9 @@ def write_stored(
         if space is not None:
             space = space.model_copy(update={"digests": digests})
             values["elastic_config"] = space.model_dump()
-            write_file(folder / "README.md", card.of_checkpoint(layout, space).encode())
+            licence = card.licence_of(source) if source is not None else None
+            text = card.of_checkpoint(layout, space, licence)
+            write_file(folder / card.CARD, text.encode())
         write_json(folder / "config.json", values)
         if source is not None:
             copy_companions(source, folder)

@@ -192,6 +192,7 @@ def _write_beside(
     if told := beside(planned.format, planned.ignore):
         write_json(folder / QUANTIZATION, told)
     copy_companions(checkpoint.path, folder)
+    licence, told = card.licence_of(checkpoint.path), values["quantization_config"]
     if checkpoint.is_elastic:
         digests = dict(digests)
         if (checkpoint.path / _ROUTER).exists():
@@ -200,21 +201,12 @@ def _write_beside(
         space = space.model_copy(update={"digests": digests})
         space.check(checkpoint.layout)
         values["elastic_config"] = space.model_dump()
-        text = card.of_checkpoint(checkpoint.layout, space) + _told(planned)
-        write_file(folder / "README.md", text.encode())
+        text = card.of_checkpoint(checkpoint.layout, space, licence, told)
+    else:
+        name, (size,) = checkpoint.path.resolve().name, space.submodels
+        text = card.of_quantized(name, size, checkpoint.layout, licence, told)
+    write_file(folder / card.CARD, text.encode())
     write_json(folder / "config.json", values)
-
-
-def _told(planned: Plan) -> str:
-    """What the card adds: the format, who reads it, and that nobody has measured it yet."""
-    method = config_of(planned.format, [])["quant_method"]
-    text = (
-        f"Its matrices stand in {planned.format.name.upper()}, in the layout of `{method}`; a slice"
-        " has the parent's codes and scales. Quality was not measured since."
-    )
-    if method == "modelopt" or planned.checkpoint.layout.family.experts:
-        text += " Stock transformers does not load it as it is (codes of experts): engines do."
-    return f"\n{text}\n"
 
 
 def _size(stored: Stored) -> int:
