@@ -3,7 +3,7 @@
 Each runs in a fork of this process, with the calls that change the disk counted. The script is a
 process of its own as no thread may be there when it forks:
 
-    python tests/crash.py slice|write SOURCE VERB...
+    python tests/crash.py slice|quantize|write SOURCE VERB...
 """
 
 import json
@@ -45,6 +45,27 @@ def slicer(source: Path) -> tuple[Write, Write]:
         slice_checkpoint(opened, target, "prefix", overwrite=overwrite, max_shard_size=90_000)
 
     return new, old
+
+
+def quantizer(source: Path) -> tuple[Write, Write]:
+    """Two quantized checkpoints, likewise."""
+    import torch
+
+    from star_elastic.precision import format_of
+    from star_elastic.quantize import make_plan, quantize_checkpoint
+
+    torch.set_num_threads(1)
+    opened = Checkpoint.open(source)
+
+    def of(name: str, max_shard_size: int) -> Write:
+        planned = make_plan(opened, format_of(name))
+
+        def write(target: Path, overwrite: bool) -> None:
+            quantize_checkpoint(planned, target, overwrite=overwrite, max_shard_size=max_shard_size)
+
+        return write
+
+    return of("fp8", 40_000), of("int8", 90_000)
 
 
 def writer(source: Path) -> tuple[Write, Write]:
@@ -218,7 +239,7 @@ def race(new: Write, old: Write, parent: Path) -> list[Any]:
 def main() -> None:
     """Do what the verbs say, each beside the source; print what was found as JSON."""
     kind, source, *verbs = sys.argv[1:]
-    new, old = {"slice": slicer, "write": writer}[kind](Path(source))
+    new, old = {"slice": slicer, "quantize": quantizer, "write": writer}[kind](Path(source))
     found = {}
     for verb in verbs:
         shutil.rmtree(Path(source).parent / "out", ignore_errors=True)

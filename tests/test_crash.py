@@ -79,6 +79,11 @@ def test_a_kill_while_writing_out_of_memory(source: Path) -> None:
     all_killed(found, "create", "write", "fsync", "exchange", "unlink", "rmdir")
 
 
+def test_a_kill_while_quantizing(source: Path) -> None:
+    found = driven("quantize", source, "overwrite")["overwrite"]
+    all_killed(found, "create", "write", "fsync", "exchange", "unlink", "rmdir")
+
+
 def test_one_writer_at_a_time_until_it_dies(slices: dict[str, Any]) -> None:
     second, killed, third, left = slices["locks"]
     assert BUSY in second and killed == 9 and third is None
