@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from codes import NAMES, form_of, meaning
+from codes import NAMES, encoded, form_of, meaning
 from models import FAMILIES, logits, token_ids, unclamped
 from safetensors.torch import load_file, save_file
 from test_quantize import WEIGHTS, parent_of, quantized
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.model import ElasticModel
-from star_elastic.precision import CodedExperts, CodedLinear, matrices
+from star_elastic.precision import CodedExperts, CodedLinear, CodedMatrix, matrices
 from star_elastic.quantize import make_plan, quantize_checkpoint
 from star_elastic.slicing import slice_checkpoint
 
@@ -114,3 +114,25 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ElasticModel.from_pretrained(tmp_path / "plain", bits=4)
     with pytest.raises(ValueError, match="bits 4: the weights are no codes"):
         ElasticModel.from_pretrained(tmp_path / "plain").submodel(bits=4)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_kernel_for_few_tokens(biased: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it gives is what decoding gives, to the rounding of bfloat16; codes may be cut."""
+    draw = torch.Generator().manual_seed(0)
+    found = encoded(form_of("int8"), torch.randn(48, 96, generator=draw).bfloat16())
+    found["weight"], found["weight_scale"] = found["weight"][:32, :64], found["weight_scale"][:32]
+    bias = torch.nn.Parameter(torch.randn(32, generator=draw).bfloat16()) if biased else None
+    linear = CodedLinear(CodedMatrix(found, 64), bias, torch.bfloat16)
+    hidden = torch.randn(2, 3, 64, generator=draw).bfloat16()
+    calls: list[int] = []
+    monkeypatch.setattr(linear.matrix, "rows", lambda some: calls.append(1))
+    few = linear(hidden)
+    assert few.shape == (2, 3, 32) and not calls
+    monkeypatch.undo()
+    monkeypatch.setattr(matrices, "FEW", 0)
+    many = linear(hidden)
+    assert torch.allclose(
+        few.float(), many.float(), rtol=2**-7, atol=2**-3
+    )  # sums of 64 of about 1
+    assert not torch.equal(few, torch.zeros_like(few))

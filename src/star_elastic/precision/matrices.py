@@ -15,6 +15,7 @@ from star_elastic.precision.format import Format
 from star_elastic.precision.integers import INT4, INT8, INT8Groups
 
 AT_ONCE = 2**22  # numbers that are decoded at once: 16 MiB in float32
+FEW = 16  # tokens up to which torch's kernel for INT8 beats decoding, on a CPU
 
 
 class CodedMatrix(nn.Module):
@@ -76,6 +77,8 @@ class CodedLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of `hidden`."""
+        if self._has_kernel(hidden):
+            return self._by_kernel(hidden)
         parts = [
             F.linear(hidden, rows.to(hidden.dtype), None if self.bias is None else self.bias[some])
             for some, rows in self.matrix.parts()
@@ -86,6 +89,21 @@ class CodedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The whole matrix in numbers, made anew: for kernels that ask for it."""
         return self.matrix.whole(self.dtype)
+
+    def _has_kernel(self, hidden: Tensor) -> bool:
+        """INT8 rows on a CPU in bfloat16, where decoding would outweigh the product."""
+        is_int8 = isinstance(self.matrix.form, INT8) and hidden.device.type == "cpu"
+        few = hidden.numel() <= FEW * self.in_features
+        return is_int8 and few and hidden.dtype == torch.bfloat16
+
+    def _by_kernel(self, hidden: Tensor) -> Tensor:
+        tensors = dict(self.matrix.named_buffers())
+        codes, scale = tensors["codes"], tensors["weight_scale"]
+        flat = hidden.reshape(-1, self.in_features)
+        scale = scale.to(hidden.dtype).reshape(-1).expand(self.out_features)
+        product = torch._weight_int8pack_mm(flat, codes.contiguous(), scale.contiguous())
+        product = product.view(*hidden.shape[:-1], self.out_features)
+        return product if self.bias is None else product + self.bias
 
 
 class CodedExperts(nn.Module):
