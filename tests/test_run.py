@@ -1,5 +1,6 @@
 """A whole run of a recipe: what it writes, and that stopping it changes nothing (I8)."""
 
+import json
 import shutil
 import signal
 from importlib.util import find_spec
@@ -171,6 +172,8 @@ def test_a_router_finds_the_sizes(folder: Path, tmp_path: Path) -> None:
     opened = Checkpoint.open(train(plan, out, resume=True))
     assert any("small/loss" in line["router"] for line in logged(out))
     router = load_router(opened.path / ROUTER, opened.layout)
+    index = json.loads((opened.path / "model.safetensors.index.json").read_text())
+    assert {*index["weight_map"].values()} == {"model.safetensors"}  # and not the router
     assert opened.space.digests[ROUTER] == digest(opened.path / ROUTER)
     assert opened.size("full").config == router.fields(1.0) == {}
     small = opened.size("small")

@@ -113,7 +113,7 @@ def write_stored(
     """`write` for a parent that comes tensor by tensor, as its specs say; see there."""
     check_room(Path(target), sum(spec.bytes for spec in specs))
     with atomic_folder(Path(target), overwrite) as folder:
-        with Shards(folder, specs, max_shard_size) as shards:
+        with Shards(folder, specs, max_shard_size, indexed=bool(beside)) as shards:
             for tensor in tensors:
                 shards.write(_bytes(tensor))
         digests = {name: digest(folder / name) for name in shards.files}

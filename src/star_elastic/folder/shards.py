@@ -16,7 +16,8 @@ class Shards:
 
     A tensor larger than that has a file of its own. `write` takes the tensors' bytes in the order
     of the specs, in pieces of any length. `digested` files have their SHA-256 in `digests` after
-    leaving, of the bytes as they were written: no file is read again for it.
+    leaving, of the bytes as they were written: no file is read again for it. One file alone has an
+    index if it is `indexed`: where other safetensors are beside it, engines take them for weights.
 
     Raises:
         ValueError: on leaving, bytes missing.
@@ -29,10 +30,12 @@ class Shards:
         specs: Sequence[Spec],
         max_shard_size: int = 5 * 10**9,
         digested: bool = False,
+        indexed: bool = False,
     ):
         self.folder = folder
         self.digests: dict[str, str] = {}
         self._digested = digested
+        self._indexed = indexed
         self._hash = hashlib.sha256()
         self._shards = _filled(specs, max_shard_size)
         self.files = _names(len(self._shards))
@@ -71,7 +74,7 @@ class Shards:
             where = self.folder / self.files[self._number]
             raise ValueError(f"{where}: {self._left} bytes were not written")
         self._end()
-        if len(self.files) > 1:
+        if self._indexed or len(self.files) > 1:
             self._write_index()
 
     def _roll(self) -> None:

@@ -66,10 +66,11 @@ def quantize_checkpoint(
     refuse_source(checkpoint, [path], "quantize")
     space = surviving(planned, drop)
     check_room(path, planned.bytes + _METADATA)
+    routed = (checkpoint.path / _ROUTER).exists()
     with atomic_folder(path, overwrite) as folder:
         with (
             Reader(checkpoint.path, checkpoint.stored) as reader,
-            Shards(folder, planned.specs, max_shard_size, digested=True) as shards,
+            Shards(folder, planned.specs, max_shard_size, True, indexed=routed) as shards,
         ):
             wanted = _wanted(planned, shards, held, min(block, _AT_ONCE))
             transfer_each(reader, wanted, progress, block)
