@@ -13,6 +13,7 @@ from star_elastic.cli import (
     audit,
     chat,
     evaluate,
+    export,
     fit,
     inspect,
     pack,
@@ -51,6 +52,7 @@ def build_app() -> typer.Typer:
         pack.pack,
         unpack.unpack,
         quantize.quantize,
+        export.export,
         chat.chat,
     )
     for verb in verbs:

@@ -1,0 +1,1 @@
+"""What other engines need of a checkpoint: their formats, and plugins that read ours."""
