@@ -40,6 +40,8 @@ def library(name: str, form: Format, weight: Tensor) -> dict[str, Tensor]:
     if name == "nvfp4":
         state["weight_global_scale"] = generate_gparam(weight.amin(), weight.amax())
     found = calculate_qparams(low, high, args, state.get("weight_global_scale"))
+    if name == "int8_groups":  # whose scales are sought for the sake of four bits
+        found = (encoded(form, weight)["weight_scale"], found[1])
     for leaf, value in zip(("weight_scale", "weight_zero_point"), found, strict=True):
         state[leaf] = value[:, None] if name == "int8" else value
     compressor = BaseCompressor.get_value_from_registry(f"{layout}-quantized")

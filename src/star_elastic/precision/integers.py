@@ -1,6 +1,6 @@
 """Formats whose codes are integers: INT8 a row, INT4 and INT8 in groups of columns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,9 @@ from star_elastic.precision.format import (
     scaled,
     stored_scale,
 )
+
+# What the largest magnitude of a group becomes: all of the range of eight bits, or less of it.
+_REACHES = (127.5, 123.5, 119.5, 115.5, 111.5)
 
 
 class INT8(Format):
@@ -107,7 +110,8 @@ class INT8Groups(Groups):
 
     Rounded to `read` bits, the codes are those of a smaller format whose step is so many times
     as long: a file of eight bits holds one of four (Matryoshka Quantization, arXiv 2502.06786,
-    eq. 6: `round(code / 2^(8 - read))`, clamped).
+    eq. 6: `round(code / 2^(8 - read))`, clamped). A group's scale is the one of `_REACHES` whose
+    four bits are nearest to the numbers; none cuts the range of the eight short.
     """
 
     name = "int8"
@@ -120,6 +124,18 @@ class INT8Groups(Groups):
         super().__post_init__()
         if not 2 <= self.read <= self.bits:
             raise ValueError(f"bits {self.read}: codes of {self.bits} are read at 2 to {self.bits}")
+
+    def rows(self, weight: Tensor, whole: Scales) -> dict[str, Tensor]:
+        """Of several scales a group the one with the least squared error at four bits."""
+        largest, four = largest_of(in_blocks(weight, self.block)), replace(self, read=4)
+        tried = []
+        for reach in _REACHES:
+            scales = {"weight_scale": positive(largest / reach)}
+            error = four.decode(four.encode(weight, scales), scales) - weight
+            tried.append((scales["weight_scale"], in_blocks(error.square(), self.block).sum(-1)))
+        best = torch.stack([error for _, error in tried]).argmin(0, keepdim=True)
+        found = torch.stack([scale for scale, _ in tried]).gather(0, best)[0]
+        return {"weight_scale": found}
 
     def decode(self, codes: Tensor, scales: Scales) -> Tensor:
         """Code minus half the range, rounded to fewer bits, times as long a step."""
