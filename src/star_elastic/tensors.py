@@ -109,11 +109,16 @@ def write_stored(
     overwrite: bool = False,
     max_shard_size: int = 5 * 10**9,
     beside: Mapping[str, Callable[[Path], None]] | None = None,
+    indexed: bool = False,
 ) -> None:
-    """`write` for a parent that comes tensor by tensor, as its specs say; see there."""
+    """`write` for a parent that comes tensor by tensor, as its specs say; see there.
+
+    `indexed`: one file has an index too, as others come beside it; see `Shards`.
+    """
+    indexed = indexed or bool(beside)
     check_room(Path(target), sum(spec.bytes for spec in specs))
     with atomic_folder(Path(target), overwrite) as folder:
-        with Shards(folder, specs, max_shard_size, indexed=bool(beside)) as shards:
+        with Shards(folder, specs, max_shard_size, indexed=indexed) as shards:
             for tensor in tensors:
                 shards.write(_bytes(tensor))
         digests = {name: digest(folder / name) for name in shards.files}

@@ -69,6 +69,7 @@ def reorder_checkpoint(
         source=checkpoint.path,
         overwrite=overwrite,
         max_shard_size=max_shard_size,
+        indexed=True,  # for `scores.safetensors`
     )
 
 
