@@ -48,7 +48,7 @@ class MaskedTrainer(Trainer):
         super().__init__(*arguments, **named)
         self.made: dict[str, tuple[PreTrainedModel, Cut]] = {}
 
-    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Cut]:
+    def skeleton(self, fields: Fields, reading: int = 0) -> tuple[PreTrainedModel, Cut]:
         """The full skeleton, whatever the size."""
         key = repr(fields)
         if key not in self.made:

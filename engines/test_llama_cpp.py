@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from byte_level import KINDS, tokenizer
+from models import perturb
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from star_elastic import ElasticModel
@@ -111,18 +112,7 @@ def stock_model(name: str, **changes: Any) -> PreTrainedModel:
     values = dict(vocab_size=VOCAB, max_position_embeddings=128) | CONFIGS[name] | changes
     config = AutoConfig.for_model(**values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=draw)
-            if key.endswith(("norm.weight", "norm_f.weight", ".D")):
-                tensor.copy_(1 + 0.3 * noise)
-            elif key.endswith(("bias", "A_log")):
-                tensor.copy_(0.5 * noise)
-            elif "embed" in key:
-                tensor.copy_(noise)
-            else:
-                tensor.copy_(1.5 * noise * tensor.shape[-1] ** -0.5)
+    perturb(model, 0)
     return model.eval()
 
 

@@ -109,11 +109,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its weights are quantized; copy the folder"):
         model.save_pretrained(tmp_path / "copy")
     with pytest.raises(ValueError, match="bits 4: fp8 is not read at fewer than its own 8"):
-        model.submodel(bits=4)
+        model.at_bits(4)
     with pytest.raises(ValueError, match="bits 4: its weights are no codes"):
         ElasticModel.from_pretrained(tmp_path / "plain", bits=4)
-    with pytest.raises(ValueError, match="bits 4: the weights are no codes"):
-        ElasticModel.from_pretrained(tmp_path / "plain").submodel(bits=4)
 
 
 @pytest.mark.parametrize("biased", [True, False])

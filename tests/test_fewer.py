@@ -59,7 +59,8 @@ def test_a_size_at_four_bits(family: str, dtype: torch.dtype, tmp_path: Path) ->
             scales = {"weight_scale": eight[f"{module}.weight_scale"]}
             assert torch.equal(meant[f"{module}.weight"], form.decode(eight[name], scales))
     model, ids = ElasticModel.from_pretrained(tmp_path / "q"), token_ids()
-    view = model.submodel(bits=4, **model.sizes["small"].config)
+    view = model.at_bits(4)["small"]
+    assert model.at_bits(4).copied_bytes(model.at_bits(4).parent) == 0  # the one copy
     alone = ElasticModel.from_pretrained(cut.path)
     assert torch.equal(logits(view, ids), logits(alone.parent, ids))
     assert not torch.equal(logits(view, ids), logits(model["small"], ids))

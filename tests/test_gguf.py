@@ -23,8 +23,7 @@ from safetensors.torch import load_file
 
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.export.gguf import make_plan, type_of, write_gguf
-from star_elastic.export.gguf.file import atomic_file
-from star_elastic.folder import CheckpointError
+from star_elastic.folder import CheckpointError, atomic_file
 from star_elastic.precision import format_of
 from star_elastic.quantize import make_plan as quantization
 from star_elastic.quantize import quantize_checkpoint

@@ -136,7 +136,7 @@ def test_several_sizes_share_one_lesson(family: str) -> None:
     together = trainer(family, teach=True, sizes_per_batch=3, learning_rate=1e-12, clip=1e9)
     ran: list[int] = []
     assert together.teacher is not None
-    together.teacher.skeleton.model.register_forward_hook(lambda *_: ran.append(1))
+    together.teacher.skeleton({})[0].model.register_forward_hook(lambda *_: ran.append(1))
     together.optimizer.register_step_pre_hook(
         lambda *_: seen.update(
             {n: t.grad.clone() for n, t in together.weights.items() if t.grad is not None}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from star_elastic import stock, tensors
 from star_elastic.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class Coded:
     weights: Mapping[str, Weight]
     bits: int | None = None
 
-    def fill(self, model: PreTrainedModel, fields: Fields, bits: int | None = None) -> None:
+    def fill(self, model: PreTrainedModel, fields: Fields) -> None:
         """Give a stock model of a size, built on `meta`, its tensors; its matrices stay codes.
 
         Raises:
@@ -49,14 +49,13 @@ class Coded:
             (name, weight, narrow(self.tensors[weight.name], weight.cuts(self.layout.sizes, child)))
             for name, weight in self.layout.kept(child, self.weights)
         ]
-        _place(model, kept, child, self.bits if bits is None else bits)
+        _place(model, kept, child, self.bits)
 
 
 def load(
     opened: Checkpoint,
     dtype: torch.dtype | str = "auto",
     device: str | None = None,
-    bits: int | None = None,
 ) -> tuple[PreTrainedModel, Coded]:
     """A quantized checkpoint as a stock model whose matrices are codes, and its tensors.
 
@@ -65,19 +64,21 @@ def load(
 
     Raises:
         CheckpointError: a file that cannot be read.
-        ValueError: a tensor that is missing, codes that are not run, or not at so few bits.
+        ValueError: a tensor that is missing, codes that are not run.
     """
     config = copy.deepcopy(opened.config)
     del config.quantization_config  # stock code would take the model for one of another library
     if dtype != "auto":
         config.dtype = dtype
     model = stock.build(config, device="meta").eval()
-    held = Coded(opened.layout, *_read(opened, model, device), bits)
+    held = Coded(opened.layout, *_read(opened, model, device))
     held.fill(model, {})
     with torch.device(device or "cpu"):
         stock.fill_constants(model)
     model.tie_weights()
     stock.refuse_meta(model)
+    if (opened.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(opened.path)
     return model, held
 
 

@@ -1,6 +1,8 @@
 """A parent in memory, and any submodel of it as a stock transformers model on the same weights."""
 
+import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ class ElasticModel:
         A quantized one stays codes and scales, from which numbers are made as they are needed.
 
         Args:
-            bits: read codes of eight bits in groups at fewer, at every size; `submodel` may differ.
+            bits: read codes of eight bits in groups at fewer; see `at_bits`.
 
         Raises:
             CheckpointError: the folder is not what it says; see `Checkpoint.open`.
@@ -69,13 +71,26 @@ class ElasticModel:
         tokenizer = load_tokenizer(opened.path) if has_tokenizer else None
         held = None
         if opened.is_quantized:
-            parent, held = coded.load(opened, dtype, device, bits)
-        elif bits is not None:
-            raise ValueError(f"{opened.path}: bits {bits}: its weights are no codes")
+            parent, held = coded.load(opened, dtype, device)
         else:
             parent = _load(opened, dtype)
             parent = parent.to(device) if device else parent
-        return cls(parent.eval(), opened.space, tokenizer, opened.path, held=held)
+        model = cls(parent.eval(), opened.space, tokenizer, opened.path, held=held)
+        return model if bits is None else model.at_bits(bits)
+
+    def at_bits(self, bits: int) -> "ElasticModel":
+        """The same copy of codes of eight bits in groups, read at fewer, at every size.
+
+        Raises:
+            ValueError: weights that are no such codes.
+        """
+        if self._held is None:
+            raise ValueError(f"{self.source}: bits {bits}: its weights are no codes")
+        other = copy.copy(self)
+        other._held = replace(self._held, bits=bits)
+        other._views = {}
+        other.parent = other.submodel()
+        return other
 
     @property
     def sizes(self) -> dict[str, Submodel]:
@@ -89,13 +104,10 @@ class ElasticModel:
             self._views[name] = self.submodel(**self.sizes[name].config)
         return self._views[name]
 
-    def submodel(self, *, bits: int | None = None, **fields: int | list[int]) -> PreTrainedModel:
+    def submodel(self, **fields: int | list[int]) -> PreTrainedModel:
         """A stock model of any size, e.g. `submodel(hidden_size=96)`, on views of the parent.
 
         A list gives one value per layer of the parent; such a model is made of stock layers.
-
-        Args:
-            bits: read codes of eight bits in groups at fewer, from the same copy.
 
         Raises:
             ValueError: a size this parent cannot hold, or that the stock class cannot express.
@@ -104,9 +116,7 @@ class ElasticModel:
         model = stock.build_child(self.layout, fields).eval()
         with torch.no_grad():
             if self._held is not None:
-                self._held.fill(model, fields, bits)
-            elif bits is not None:
-                raise ValueError(f"bits {bits}: the weights are no codes")
+                self._held.fill(model, fields)
             else:
                 stock.set_tensors(model, self.narrowed(fields))
         stock.share_constants(model, self.parent)

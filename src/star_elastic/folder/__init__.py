@@ -6,11 +6,13 @@ from star_elastic.folder.atomic import (
     replace_file,
     replace_json,
     siblings,
+    sync,
     write_json,
 )
 from star_elastic.folder.digests import digest
 from star_elastic.folder.header import Spec, Stored, parse_file
 from star_elastic.folder.index import INDEX, WEIGHTS, stored_tensors
+from star_elastic.folder.one_file import atomic_file, is_same
 from star_elastic.folder.output import copy_file, write_file
 from star_elastic.folder.reader import Reader
 from star_elastic.folder.shards import Shards
@@ -32,11 +34,13 @@ __all__ = [
     "Shards",
     "Spec",
     "Stored",
+    "atomic_file",
     "atomic_folder",
     "check_links",
     "check_room",
     "copy_file",
     "digest",
+    "is_same",
     "one_line",
     "open_inside",
     "parse_file",
@@ -47,6 +51,7 @@ __all__ = [
     "replace_json",
     "siblings",
     "stored_tensors",
+    "sync",
     "write_file",
     "write_json",
 ]

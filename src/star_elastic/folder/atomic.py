@@ -53,8 +53,8 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         if target.is_dir():
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         for path in sorted(temporary.rglob("*")):
-            _fsync(path)
-        _fsync(temporary)
+            sync(path)
+        sync(temporary)
         _refuse_existing(target, overwrite)
         if target.exists():
             # it is removed under the temporary name, which the next writer must not take before
@@ -62,7 +62,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             _exchange(temporary, target)
         elif not _rename(temporary, target, _RENAME_NOREPLACE):
             temporary.rename(target)
-        _fsync(target.parent)
+        sync(target.parent)
     finally:
         _remove(temporary, held)  # half a folder, or the one that was replaced
         for each in held:
@@ -103,7 +103,7 @@ def replace_file(path: Path, data: bytes) -> None:
     temporary.unlink(missing_ok=True)  # a killed writer's
     write_file(temporary, data)
     temporary.replace(path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def _json_bytes(value: Mapping[str, Any], sort: bool) -> bytes:
@@ -123,7 +123,7 @@ def _make_parents(folder: Path) -> None:
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     for each in reversed(missing):
         each.mkdir(exist_ok=True)
-        _fsync(each.parent)
+        sync(each.parent)
 
 
 def _hold(temporary: Path, target: Path) -> int:
@@ -246,7 +246,12 @@ def _rename(source: Path, target: Path, flags: int) -> bool:
     raise OSError(number, os.strerror(number), str(target))
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk.
+
+    Raises:
+        OSError: the disk refuses; names the path.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     with naming(path):
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from star_elastic.folder import CheckpointError, check_room, digest, read_bytes
+from star_elastic.folder import CheckpointError, check_room, digest, is_same, read_bytes, sync
 from star_elastic.rings.manifest import MANIFEST, MAX_MANIFEST, Held, Manifest, read_manifest
 from star_elastic.rings.transports import Hub, Transport, TransportError, transport_of
 
@@ -121,7 +121,7 @@ def _fetch(packed: Packed, path: str, progress: Progress | None) -> None:
         if why := _difference(partial, held, None):
             partial.unlink()
             raise CheckpointError(f"{where}: {why}")
-        _sync(partial)
+        sync(partial)
         partial.replace(file)
 
 
@@ -220,28 +220,13 @@ def _partial(file: Path) -> Iterator[Path | None]:
         held = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
-            if _is_same(held, partial):
+            if is_same(held, partial):
                 if file.is_file():
                     partial.unlink()
                 yield None if file.is_file() else partial
                 return
         finally:
             os.close(held)
-
-
-def _is_same(held: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(held), os.lstat(path))
-    except FileNotFoundError:  # its holder was done with it
-        return False
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _default_cache() -> Path:

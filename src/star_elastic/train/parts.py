@@ -151,22 +151,28 @@ class Parts(nn.Module):
 class Skeletons:
     """Skeletons of sizes that run again and again; the latest few are kept."""
 
-    def __init__(self, parts: Parts, kept: int = 32):
+    def __init__(
+        self, parts: Parts, cut: Callable[[Fields, int], Cut] | None = None, kept: int = 32
+    ):
+        """`cut` makes a size's cut, for the n-th reading; without it sizes are narrowed."""
         self.parts = parts
+        self.cut = cut or self._narrowed
         self.kept = kept
-        self._made: OrderedDict[str, tuple[PreTrainedModel, Narrowed]] = OrderedDict()
+        self._made: OrderedDict[str, tuple[PreTrainedModel, Cut]] = OrderedDict()
 
-    def of(self, fields: Fields) -> tuple[PreTrainedModel, Narrowed]:
+    def of(self, fields: Fields, reading: int = 0) -> tuple[PreTrainedModel, Cut]:
         """The skeleton of a size, and the cut that goes with it."""
-        key = repr(sorted(fields.items()))
+        key = f"{reading} {sorted(fields.items())}"
         if key not in self._made:
-            layout = self.parts.layout
-            cut = Narrowed(layout, layout.sizes_of(fields))
-            self._made[key] = self.parts.skeleton(fields), cut
+            self._made[key] = self.parts.skeleton(fields), self.cut(fields, reading)
         self._made.move_to_end(key)
         if len(self._made) > self.kept:
             self._made.popitem(last=False)
         return self._made[key]
+
+    def _narrowed(self, fields: Fields, _: int) -> Narrowed:
+        layout = self.parts.layout
+        return Narrowed(layout, layout.sizes_of(fields))
 
 
 class HandOver(nn.Module):

@@ -1,8 +1,8 @@
 """A recipe: everything a run needs, as strict models read from YAML. Unknown keys are errors."""
 
-import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,9 +10,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from star_elastic.folder import one_line
+from star_elastic.precision import Format, INT8Groups, format_of
 from star_elastic.submodel import Strict
+from star_elastic.train.slips import first_line, put
 
-_SCALARS = ("str", "int", "float")  # pydantic names the members of unions in its paths
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -129,6 +130,34 @@ class Routing(Section):
     anchor: float = Field(default=10.0, ge=0)  # pulls budget 1 to the full size
 
 
+class Quantize(Section):
+    """Train an elastic parent for its codes; the flags that `star-elastic quantize` then gets."""
+
+    format: str
+    keep: list[str] = []  # patterns of what stays as it is
+    group: int | None = Field(default=None, ge=1)  # columns under a scale of int4, or of int8
+    bits: list[int] = []  # of int8 in groups: numbers of bits at which its codes are to be read
+    teacher: Literal["own", "full"] = "full"  # each size's own unquantized version, or the parent
+
+    @model_validator(mode="after")
+    def _known(self) -> "Quantize":
+        self.readings  # noqa: B018  (refuses)
+        return self
+
+    @property
+    def readings(self) -> list[Format]:
+        """The format, once for every number of bits at which its codes are to be read."""
+        try:
+            form = format_of(self.format, self.group)
+            if not self.bits:
+                return [form]
+            if not isinstance(form, INT8Groups):
+                raise ValueError(f"bits {self.bits}: only int8 with a group is read at fewer")
+            return [replace(form, read=bits) for bits in self.bits]
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("--")) from None
+
+
 class Optimise(Section):
     """The training loop."""
 
@@ -178,6 +207,7 @@ class Recipe(Section):
     multiple_of: dict[str, int] = {}
     rank: Rank = Rank()
     router: Routing | None = None
+    quantize: Quantize | None = None
     distil: Distil = Distil()
     balance: Balance = Balance()
     train: Optimise
@@ -189,16 +219,44 @@ class Recipe(Section):
         if (self.parent is None) == (self.init is None):
             raise ValueError("say either parent or init")
         for number, stage in enumerate(self.train.stages):
-            _check_weights(f"train.stages.{number}.size_probs", stage.size_probs, self.sizes)
             _check_weights(f"train.stages.{number}.mix", stage.mix, self.data.corpora)
-        if self.parent is not None and self.train.sizes_per_batch > len(self.sizes):
-            many = f"{self.train.sizes_per_batch} of {len(self.sizes)} sizes"
-            raise ValueError(f"train.sizes_per_batch: {many}")
-        if self.train.between and "between" in self.sizes:
-            raise ValueError("sizes.between: with train.between that stands for nameless sizes")
+        if self.quantize is not None:
+            self._check_quantize()
+        if self.quantize is None or self.says_sizes:
+            self.check_names(self.sizes)
         if self.router is not None and not any(isinstance(s, float) for s in self.sizes.values()):
             raise ValueError("router: no size is given as a share, so there is no budget to learn")
         return self
+
+    @property
+    def says_sizes(self) -> bool:
+        """Does it name sizes? Otherwise they are an elastic parent's own."""
+        return "sizes" in self.model_fields_set
+
+    def check_names(self, sizes: Iterable[str]) -> None:
+        """Hold what the training says of sizes against their names.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        sizes = [*sizes]
+        for number, stage in enumerate(self.train.stages):
+            _check_weights(f"train.stages.{number}.size_probs", stage.size_probs, sizes)
+        if self.parent is not None and self.train.sizes_per_batch > len(sizes):
+            many = f"{self.train.sizes_per_batch} of {len(sizes)} sizes"
+            raise ValueError(f"train.sizes_per_batch: {many}")
+        if self.train.between and "between" in sizes:
+            raise ValueError("sizes.between: with train.between that stands for nameless sizes")
+
+    def _check_quantize(self) -> None:
+        """What needs an order or a choice of sizes of its own is done before."""
+        if self.parent is None:
+            raise ValueError("quantize: the parent is an elastic checkpoint; `init` makes none")
+        for key in ("rank", "router", "multiple_of"):
+            if key in self.model_fields_set:
+                raise ValueError(f"{key}: with quantize the parent's order and its sizes stay")
+        if self.distil.teacher is not None:
+            raise ValueError("distil.teacher: with quantize the parent itself teaches")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -218,7 +276,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not found:
             raise RecipeError(f"--set {override}: not of the form key=value")
         try:
-            _put(values, key.split("."), yaml.safe_load(value))
+            put(values, key.split("."), yaml.safe_load(value))
         except (yaml.YAMLError, TypeError, IndexError) as error:
             raise RecipeError(f"--set {override}: {one_line(error)}") from None
     values.setdefault("name", Path(path).stem)
@@ -227,7 +285,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except TypeError as error:  # YAML has dates, recipes have not
         raise RecipeError(f"{path}: {error}") from None
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first_line(error)}") from None
+        raise RecipeError(f"{path}: {first_line(error, Recipe)}") from None
 
 
 def _check_weights(where: str, weights: dict[str, float] | None, known: Any) -> None:
@@ -237,53 +295,3 @@ def _check_weights(where: str, weights: dict[str, float] | None, known: Any) -> 
         raise ValueError(f"{where} names {min(unknown)!r}; there are {', '.join(known)}")
     if not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
         raise ValueError(f"{where} must be positive")
-
-
-def _put(values: Any, path: list[str], value: Any) -> None:
-    key, *rest = path
-    if isinstance(values, list):
-        if not key.isdigit():
-            raise TypeError(f"{key} is no number of a list of {len(values)}")
-        place: Any = int(key)
-    elif isinstance(values, dict):
-        place = key
-        values.setdefault(key, {})
-    else:
-        raise TypeError(f"{key}: what holds it is not a mapping")
-    if rest:
-        _put(values[place], rest, value)
-    else:
-        values[place] = value
-
-
-def _first_line(error: ValidationError) -> str:
-    errors = error.errors()  # a misspelt key that is required is missing, too: say the misspelling
-    deepest = max(errors, key=lambda error: len(error["loc"]))  # of a union: the likeliest meant
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), deepest)
-    loc = [str(part) for part in first["loc"]]
-    where = ".".join(part for part in loc if "[" not in part and part not in _SCALARS)
-    if first["type"] == "value_error":  # our own words
-        return f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")
-    if first["type"] != "extra_forbidden":
-        return f"{where or 'recipe'}: {first['msg']} (got {first['input']!r:.80})"
-    known = _keys_beside(first["loc"])
-    close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0)
-    return f"{where}: unknown key; did you mean {close[0]!r}?"
-
-
-def _keys_beside(path: tuple[int | str, ...]) -> list[str]:
-    """The keys of the model in which the last part of a path is unknown."""
-    model: Any = Recipe
-    for part in path[:-1]:
-        fields = getattr(model, "model_fields", {})
-        if part in fields:
-            model = _model_in(fields[str(part)].annotation)
-    return list(model.model_fields)
-
-
-def _model_in(annotation: Any) -> Any:
-    """The strict model that an annotation mentions: `Init | None`, `list[Stage]`, ..."""
-    if hasattr(annotation, "model_fields"):
-        return annotation
-    inner = (_model_in(each) for each in getattr(annotation, "__args__", ()))
-    return next((model for model in inner if model is not None), None)

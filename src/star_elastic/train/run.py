@@ -2,6 +2,7 @@
 
 A run folder holds `sorted/` (the reordered, untrained parent: teacher and baseline), `state/`,
 `metrics.jsonl`, `tensorboard/`, and at the end `elastic/` (or `parent/` when trained from nothing).
+A parent that is elastic already, to be trained for its codes, stays where it is.
 Under `torchrun` every process calls `train`; the first one ranks and writes.
 """
 
@@ -21,8 +22,9 @@ from star_elastic.layout import Layout
 from star_elastic.model import ElasticModel, load_tokenizer
 from star_elastic.sources import open_records
 from star_elastic.submodel import ElasticSpace, Fields, Training
-from star_elastic.train import curriculum, plan
+from star_elastic.train import curriculum, plan, qad
 from star_elastic.train.callbacks import Callback, JsonLines, TensorBoard, WeightsAndBiases
+from star_elastic.train.coded import Coding
 from star_elastic.train.data import Source, Stream
 from star_elastic.train.distributed import World, shard, world
 from star_elastic.train.load import load_parts, whole_state
@@ -109,6 +111,7 @@ class _Run:
         self.out = out
         self.here = here
         self.say = say
+        self.parent: Checkpoint | None = None  # in nested order; none if it is made from nothing
 
     def train(self, resume: bool, callbacks: Sequence[Callback]) -> Path:
         listeners = self._listeners(callbacks)
@@ -126,7 +129,7 @@ class _Run:
                 callback.on_train_end()
         return self._write(trainer, dtypes, tokenizer)
 
-    def _prepare(self) -> tuple[Trainer, dict[str, torch.dtype], Any]:
+    def _prepare(self) -> tuple[Trainer, Mapping[str, torch.dtype], Any]:
         if self.recipe.init is not None:
             model = make_parent(self.recipe)
             nn.Module.to(model.parent, self.here.device)
@@ -134,7 +137,9 @@ class _Run:
             sizes: dict[str, Fields] = {"full": {}}
             trainer = self._trainer(parts, sizes, model.tokenizer)
             return trainer, dict.fromkeys(model.layout.weights, torch.float32), model.tokenizer
-        opened = self._sorted()
+        if self.recipe.quantize is not None:
+            return self._prepare_quantized()
+        opened = self.parent = self._sorted()
         tokenizer = load_tokenizer(opened.path)
         parts = load_parts(opened, self.here, torch.float32, self._gather())
         sizes = {**named_sizes(opened.layout, self.recipe)}
@@ -144,6 +149,20 @@ class _Run:
         self._tell(opened.layout, trainer)
         dtypes = {name: tensors.dtype_of(opened, w) for name, w in opened.layout.weights.items()}
         return trainer, dtypes, tokenizer
+
+    def _prepare_quantized(self) -> tuple[Trainer, Mapping[str, torch.dtype], Any]:
+        assert self.recipe.quantize is not None
+        opened = self.parent = qad.open_parent(self.recipe, self.here.is_first)
+        sizes = qad.sizes_of(self.recipe, opened)
+        coding = qad.coding_of(self.recipe, opened, sizes)
+        tokenizer = load_tokenizer(opened.path)
+        gather = self._gather() if coding.is_stored_in(torch.bfloat16) else None
+        parts = load_parts(opened, self.here, torch.float32, gather)
+        taught = load_parts(opened, self.here, offload=self.recipe.distil.offload)
+        teacher = Teacher(taught, own=self.recipe.quantize.teacher == "own")
+        trainer = self._trainer(parts, sizes, tokenizer, teacher, coding=coding)
+        self._tell(opened.layout, trainer)
+        return trainer, coding.stored, tokenizer
 
     def _sorted(self) -> Checkpoint:
         """The reordered parent on disk; the first process makes it, if nobody has yet."""
@@ -183,7 +202,12 @@ class _Run:
         tokenizer: Any,
         teacher: Teacher | None = None,
         routing: RouterTraining | None = None,
+        coding: Coding | None = None,
     ) -> Trainer:
+        assert self.parent is not None or coding is None
+        multiple_of = self.recipe.multiple_of
+        if coding is not None and self.parent is not None:
+            multiple_of = qad.steps_of(coding, self.parent)
         return Trainer(
             parts,
             sizes,
@@ -195,7 +219,8 @@ class _Run:
             routing,
             States(self.out / STATE, self.here),
             self.here,
-            multiple_of=self.recipe.multiple_of,
+            multiple_of=multiple_of,
+            coding=coding,
         )
 
     def _tell(self, layout: Layout, trainer: Trainer) -> None:
@@ -205,7 +230,9 @@ class _Run:
         settings = self.recipe.train
         for line in plan.describe(layout, trainer.sizes, settings, teach, self.here.size):
             self.say(line)
-        took = plan.seconds(settings, trainer.pace()) / self.here.size
+        stages = range(len(settings.stages))
+        pace = [{name: trainer.seconds_of(name, n) for name in trainer.sizes} for n in stages]
+        took = plan.seconds(settings, pace) / self.here.size
         self.say(f"time: about {took / 60:.1f} minutes, by one micro-batch of each size")
 
     def _gather(self) -> torch.dtype | None:
@@ -219,10 +246,10 @@ class _Run:
         return [*always, *asked, *more]
 
     def _write(self, trainer: Trainer, dtypes: Mapping[str, torch.dtype], tokenizer: Any) -> Path:
-        folder = self.out / (PARENT if trainer.teacher is None else ELASTIC)
+        folder = self.out / (PARENT if self.parent is None else ELASTIC)
         state = whole_state(trainer.parts, dtypes, self.here)
         if state is not None:
-            source = None if trainer.teacher is None else self.out / SORTED
+            source = None if self.parent is None else self.parent.path
             layout = trainer.parts.layout
             tensors.write(
                 folder,
@@ -238,13 +265,17 @@ class _Run:
         return folder
 
     def _space(self, layout: Layout, trainer: Trainer) -> ElasticSpace | None:
-        if trainer.teacher is None:
+        if self.parent is None:
             return None
         position = trainer.position
+        if self.recipe.quantize is not None:
+            return qad.space_of(self.recipe, self.parent, trainer.sizes, position)
         training = Training(recipe=self.recipe.name, steps=position.step, tokens=position.tokens)
         return ElasticSpace.of(layout, trainer.sizes, True, training, self.recipe.multiple_of)
 
     def _beside(self, trainer: Trainer) -> dict[str, Callable[[Path], None]]:
+        if self.parent is not None and self.recipe.quantize is not None:
+            return qad.beside(self.parent)
         if trainer.routing is None:
             return {}
         router = trainer.routing.router

@@ -5,7 +5,6 @@ that size costs; gradients flow through the narrowing into the parent, which one
 and then a micro-batch trains the router instead, on the parent under masks.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,9 +17,11 @@ from star_elastic.submodel import Fields
 from star_elastic.train import curriculum, optimizer
 from star_elastic.train.balance import Loads, balance_step, watched
 from star_elastic.train.callbacks import Callback
+from star_elastic.train.coded import Coding
 from star_elastic.train.data import Stream
 from star_elastic.train.distillation import Lesson, loss, predicting
-from star_elastic.train.distributed import World, whole
+from star_elastic.train.distributed import World
+from star_elastic.train.diverged import DivergedError, clip, refuse_bad
 from star_elastic.train.draws import Draws
 from star_elastic.train.interrupt import Interrupted, stop_requests
 from star_elastic.train.parts import Cut, Parts, Skeletons
@@ -30,10 +31,6 @@ from star_elastic.train.report import Gathered, StepReport, counts, means
 from star_elastic.train.routing import RouterTraining
 from star_elastic.train.state import Position, States
 from star_elastic.train.teacher import Teacher
-
-
-class DivergedError(ValueError):
-    """A loss or a gradient is no longer finite: step, sizes and micro-batches are named."""
 
 
 class Trainer:
@@ -57,7 +54,9 @@ class Trainer:
         here: World | None = None,
         callbacks: Sequence[Callback] = (),
         multiple_of: Mapping[str, int] | None = None,
+        coding: Coding | None = None,
     ):
+        """`coding`: the codes that sizes are to learn for; without it they run as they are."""
         self.parts = parts
         self.sizes = dict(sizes)
         self.settings = settings
@@ -82,8 +81,9 @@ class Trainer:
             settings.betas,
             settings.weight_decay,
         )
-        self.skeletons = Skeletons(parts)
-        self.draws = Draws(parts.layout, settings, self.sizes, multiple_of or {})
+        self.skeletons = Skeletons(parts, coding.cut if coding else None)
+        readings = len(coding.readings) if coding else 1
+        self.draws = Draws(parts.layout, settings, self.sizes, multiple_of or {}, readings)
         self._stream: tuple[int, Stream] | None = None
         curriculum.check_processes(settings, self.here.size)
 
@@ -132,13 +132,14 @@ class Trainer:
         if wait:
             self.states.wait()
 
-    def pace(self) -> list[dict[str, float]]:
-        """Seconds of a micro-batch per stage and size, measured; nothing is learned from it."""
-        found = []
-        for number in range(len(self.settings.stages)):
-            batch = next(self.streams(number)).to(self.here.device)
-            found.append({name: self._timed(batch, name) for name in self.sizes})
-        return found
+    def seconds_of(self, name: str, stage: int) -> float:
+        """Seconds of a stage's first micro-batch at a size, measured; nothing is learned."""
+        batch = next(self.streams(stage)).to(self.here.device)
+        self.skeleton(self.sizes[name])
+        start = time.perf_counter()
+        self._train_sizes(batch, {name: self.sizes[name]}, 1.0, 0, Gathered())
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
 
     def step(self) -> StepReport:
         """One optimizer step on the next micro-batches of the stream."""
@@ -159,7 +160,7 @@ class Trainer:
                     drawn = self.draws.of(place.stage, first + number)
                     self._train_sizes(batch, drawn, shares[0], first + number, gathered)
         rate = curriculum.learning_rate(place.stage, place.step)
-        norm = self._gradient_norm(gathered)
+        norm = self._clip(gathered)
         self._update(rate, gathered)
         tokens = int(self.here.total(torch.tensor(gathered.tokens, device=self.here.device)))
         self.position = Position(
@@ -171,9 +172,16 @@ class Trainer:
         )
         return self._report(place.number, rate, norm, gathered)
 
-    def loss(self, batch: Batch, fields: Fields, lesson: Lesson | None, loads: Loads) -> Tensor:
+    def loss(
+        self,
+        batch: Batch,
+        fields: Fields,
+        lesson: Lesson | None,
+        loads: Loads,
+        reading: int = 0,
+    ) -> Tensor:
         """The loss of one micro-batch at one size; differentiable in the parent's weights."""
-        skeleton, cut = self.skeleton(fields)
+        skeleton, cut = self.skeleton(fields, reading)
 
         def finish(hidden: Tensor, head: Tensor) -> Tensor:
             labels = batch.input_ids[:, 1:][batch.targets[:, 1:]]
@@ -191,16 +199,9 @@ class Trainer:
             found = found + self.balance.aux_loss * gates.aux_loss(batch.mask)
         return found
 
-    def skeleton(self, fields: Fields) -> tuple[PreTrainedModel, Cut]:
+    def skeleton(self, fields: Fields, reading: int = 0) -> tuple[PreTrainedModel, Cut]:
         """The stock model of a size on `meta`, and how the parent's tensors are cut for it."""
-        return self.skeletons.of(fields)
-
-    def _timed(self, batch: Batch, name: str) -> float:
-        self.skeleton(self.sizes[name])
-        start = time.perf_counter()
-        self._train_sizes(batch, {name: self.sizes[name]}, 1.0, 0, Gathered())
-        self.optimizer.zero_grad()
-        return time.perf_counter() - start
+        return self.skeletons.of(fields, reading)
 
     def _train_sizes(
         self,
@@ -211,13 +212,16 @@ class Trainer:
         gathered: Gathered,
     ) -> None:
         stage = curriculum.place(self.settings, self.position.step).stage
-        with self._autocast():
-            lesson = self.teacher.lesson(batch) if self.teacher else None
+        reading = self.draws.reading(number)
+        lesson: Lesson | None = None
         for name, fields in sizes.items():
+            if self.teacher and (lesson is None or self.teacher.own):
+                with self._autocast():
+                    lesson = self.teacher.lesson(batch, fields)
             total = 0.0
             for piece, taught, part in in_pieces(batch, lesson, self.draws.pieces(stage, fields)):
                 with self._autocast():
-                    found = self.loss(piece, fields, taught, gathered.loads)
+                    found = self.loss(piece, fields, taught, gathered.loads, reading)
                 (found * (part * share / len(sizes))).backward()
                 total += part * found.item()
             gathered.add("losses", name, total, number)
@@ -236,29 +240,14 @@ class Trainer:
             gathered.add("router", name, value, number)
         gathered.tokens += batch.tokens
 
-    def _gradient_norm(self, gathered: Gathered) -> float:
-        """Clip the gradient and return its norm before that.
-
-        Raises:
-            DivergedError: naming what is not finite.
-        """
-        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)).item()
+    def _clip(self, gathered: Gathered) -> float:
         learned = self.routing.router.parameters() if self.routing else ()
-        routed = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None]).item()
-        for of, value in (
-            (f"after sizes {', '.join(gathered.losses)}", norm),
-            ("of the router", routed),
-        ):
-            if not math.isfinite(value) and not gathered.bad:
-                gathered.bad.append(f"gradient norm {value} {of}")
-        if self.here.any(bool(gathered.bad)):
+        norm = clip(self.parameters, self.settings.clip, learned, gathered)
+        try:
+            refuse_bad(gathered, self.position, self.here)
+        except DivergedError:
             self.optimizer.zero_grad()
-            bad = [line for lines in self.here.gather(gathered.bad) for line in lines]
-            first = self.position.micro_batches
-            raise DivergedError(
-                f"step {self.position.step + 1} (from micro-batch {first}): {'; '.join(bad)}; "
-                "the state before it is kept"
-            )
+            raise
         return norm
 
     def _update(self, rate: float, gathered: Gathered) -> None:

@@ -13,12 +13,11 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, quantize
 
 from star_elastic.export.gguf import llama, nvfp4
-from star_elastic.export.gguf.file import atomic_file
 from star_elastic.export.gguf.nvfp4 import Codes
 from star_elastic.export.gguf.plan import Plan, nbytes, writer_of
 from star_elastic.export.gguf.tensors import Array, Entry, changed
 from star_elastic.export.gguf.types import Type, type_of
-from star_elastic.folder import check_room
+from star_elastic.folder import atomic_file, check_room
 from star_elastic.slicing import refuse_source
 
 _METADATA = 2**26  # bytes of keys and tokens, at most

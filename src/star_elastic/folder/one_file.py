@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from star_elastic.folder import siblings
+from star_elastic.folder.atomic import siblings, sync
 
 
 @contextmanager
@@ -33,9 +33,9 @@ def atomic_file(target: Path, overwrite: bool = False) -> Iterator[Path]:
         os.fsync(held)
         _refuse(target, overwrite)
         temporary.replace(target)
-        _fsync(target.parent)
+        sync(target.parent)
     finally:
-        if _is_same(temporary, held):  # by now another writer's may stand under its name
+        if is_same(held, temporary):  # by now another writer's may stand under its name
             temporary.unlink()
         os.close(held)
 
@@ -58,22 +58,15 @@ def _hold(temporary: Path, target: Path) -> int:
             os.close(held)
             message = "another process is writing this file"
             raise BlockingIOError(errno.EWOULDBLOCK, message, str(target)) from None
-        if _is_same(temporary, held):
+        if is_same(held, temporary):
             os.ftruncate(held, 0)
             return held
         os.close(held)  # its writer finished between our two calls
 
 
-def _is_same(path: Path, held: int) -> bool:
+def is_same(held: int, path: Path) -> bool:
+    """Does a name still stand for the file of a descriptor?"""
     try:
         return os.path.samestat(os.fstat(held), os.lstat(path))
     except OSError:
         return False
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
