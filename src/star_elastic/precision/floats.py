@@ -112,9 +112,10 @@ def _global(scales: Scales) -> Tensor:
     """
     stored = scales["weight_scale_2"]
     near = (1 / stored).view(torch.int32) + torch.tensor([0, -1, 1], dtype=torch.int32)
-    found = near[1 / near.view(torch.float32) == stored]
-    found = found if len(found) else near[:1]  # of a file that others wrote
-    return found[(found & -found).argmax()].view(torch.float32)  # by the lowest bit that is set
+    is_one = 1 / near.view(torch.float32) == stored  # none, in a file that others wrote
+    roundness = torch.where(is_one, near & -near, 0).long()  # its lowest bit that is set
+    best = (4 * roundness - torch.arange(3)).argmax(0, keepdim=True)  # of equals the first
+    return near.gather(0, best)[0].view(torch.float32)
 
 
 def _pairs(device: torch.device) -> Tensor:
