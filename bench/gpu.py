@@ -5,12 +5,14 @@ weights and AdamW, takes training steps at each size: tokens per second and mode
 
     python -m bench.gpu router      # the table of bench.router_cost on this device
     python -m bench.gpu stack --layers 4 --peak-tflops 989
+    python -m bench.gpu codes       # bench.decode: FP8, NVFP4 and INT8 weights against BF16
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from statistics import median
 from typing import Any
@@ -89,7 +91,7 @@ def _timed(trainer: Trainer) -> float:
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["router", "stack"])
+    parser.add_argument("what", choices=["router", "stack", "codes"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=128)
@@ -99,6 +101,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "stack":
         print(json.dumps(stack(arguments), indent=2))
+    elif arguments.what == "codes":
+        with tempfile.TemporaryDirectory() as folder:
+            words = [folder, "--device", arguments.device, "--pattern", "MEM*EME", "--tokens", "32"]
+            subprocess.run([sys.executable, "-m", "bench.decode", *words], check=True)
     else:
         words = ["demo/parent", "--device", arguments.device, "--rows", "64"]
         subprocess.run([sys.executable, "-m", "bench.router_cost", *words], check=True)
