@@ -107,7 +107,8 @@ def test_a_card_tells_the_codes(name: str, words: str, tmp_path: Path) -> None:
     coded = quantized(licensed(tmp_path / "parent"), tmp_path / "q", name)
     text = (tmp_path / "q" / card.CARD).read_text()
     assert f"matrices stand in {words}" in text and "codes of experts anew" in text
-    assert "--to gguf" not in text and "AutoModelForCausalLM" not in text
+    assert ("--to gguf --type nvfp4" in text) == (name == "nvfp4")
+    assert ("--to gguf" in text) == (name == "nvfp4") and "AutoModelForCausalLM" not in text
     slice_checkpoint(coded, tmp_path / "cut", size="small")
     assert f"matrices stand in {words}" in (tmp_path / "cut" / card.CARD).read_text()
     values = json.loads((tmp_path / "parent/config.json").read_text())

@@ -175,8 +175,11 @@ def _engines(size: str | None, precision: str | None) -> list[str]:
         f"    star-elastic chat DIR{pick}",
         f"    vllm serve DIR{_override(size)}",
     ]
-    if precision is None:
-        lines += [f"    star-elastic export DIR{pick} --to gguf --out FILE.gguf   # llama.cpp"]
+    if precision is None or "NVFP4" in precision:  # the codes that llama.cpp has too
+        kind = "" if precision is None else " --type nvfp4"
+        lines += [
+            f"    star-elastic export DIR{pick} --to gguf{kind} --out FILE.gguf   # llama.cpp"
+        ]
     if size:
         lines += [f"    star-elastic slice DIR{pick} --out OUT   # a stock folder of its own"]
     return [*lines, ""]

@@ -23,7 +23,8 @@ def quantize(
         typer.Option(help="leave as it is: '*.q_proj', or `attention`; may be repeated"),
     ] = None,
     group: Annotated[
-        int | None, typer.Option(help="columns under a scale of int4, 128 if not said")
+        int | None,
+        typer.Option(help="columns under a scale: of int4 (128 if not said), or of int8"),
     ] = None,
     drop: Annotated[
         bool, typer.Option("--drop", help="leave out the sizes that would cut inside a block")
