@@ -1,0 +1,1 @@
+"""Serving every size of a model from one copy of its weights."""
