@@ -97,6 +97,16 @@ def test_what_others_wrote_is_run(family: str, kind: str, tmp_path: Path) -> Non
         assert torch.equal(logits(found, ids), logits(expected, ids))
 
 
+def test_codes_that_are_told_beside_the_config_only(tmp_path: Path) -> None:
+    """As ModelOpt's older exports tell them: in `hf_quant_config.json`."""
+    written("llama", tmp_path / "q", "fp8")
+    ids, told = token_ids(), ElasticModel.from_pretrained(tmp_path / "q")
+    edit_json(tmp_path / "q/config.json", lambda values: values.pop("quantization_config"))
+    (tmp_path / "q/hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    beside = ElasticModel.from_pretrained(tmp_path / "q")
+    assert torch.equal(logits(beside.parent, ids), logits(told.parent, ids))
+
+
 @pytest.mark.parametrize("kind", NOT_RUN)
 def test_codes_that_are_cut_but_not_run(kind: str, tmp_path: Path) -> None:
     written("llama", tmp_path / "q", kind)

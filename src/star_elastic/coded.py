@@ -1,7 +1,7 @@
 """A quantized parent in memory: codes and scales stay as they are on disk, for every size at once.
 
-A size is cut from codes as it is cut from numbers, by `Weight.cuts`, into views; `place` builds
-them into a stock model.
+A size is cut from codes as it is cut from numbers, by `Weight.cuts`, into views; `Coded.fill`
+builds them into a stock model.
 """
 
 import copy
@@ -67,7 +67,8 @@ def load(
         ValueError: a tensor that is missing, codes that are not run.
     """
     config = copy.deepcopy(opened.config)
-    del config.quantization_config  # stock code would take the model for one of another library
+    # stock code would take the model for one of another library
+    vars(config).pop("quantization_config", None)
     if dtype != "auto":
         config.dtype = dtype
     model = stock.build(config, device="meta").eval()

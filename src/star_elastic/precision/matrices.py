@@ -31,14 +31,13 @@ class CodedMatrix(nn.Module):
             ValueError: codes that are not run, or not at so few bits.
         """
         super().__init__()
-        found = {leaf: tensor for leaf, tensor in found.items() if not leaf.startswith("input_")}
         self.form = format_in(found, columns, bits)
         codes = found["weight" if self.form is None else self.form.codes]
         self.shape = (len(codes), columns)
         self.register_buffer("codes", codes)
         self._per_row = []
         for leaf, scale in found.items():
-            if scale is not codes and leaf != "weight_shape":
+            if scale is not codes:
                 scale = scale[:, None] if scale.shape == (len(codes),) and len(codes) > 1 else scale
                 self.register_buffer(leaf, scale)
                 if scale.dim() == 2 and len(scale) == len(codes):
@@ -139,7 +138,7 @@ def _format_in(found: Mapping[str, Tensor], columns: int, bits: int | None) -> F
     scale = found.get("weight_scale")
     if dtypes.keys() == {"weight"} and found["weight"].dtype.itemsize > 1:
         return None
-    known = {"weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_shape"}
+    known = {"weight", "weight_packed", "weight_scale", "weight_scale_2"}
     if scale is None or not found.keys() <= known:
         raise ValueError(f"no numbers are made of codes beside {', '.join(sorted(found))}")
     in_blocks = scale.dim() == 2 and scale.shape[1] > 1
