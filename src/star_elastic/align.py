@@ -6,7 +6,7 @@ which input is read from the named shapes.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from star_elastic.layout import Layout, Weight
@@ -104,6 +104,21 @@ class Alignment:
             f"{axis} = {value}: the input of {weight.suffix}, {kept}, is not a multiple of {need}; "
             f"{' or '.join(str(min(n, layout.sizes[axis])) for n in near)} would do"
         )
+
+
+def advice(layout: Layout, weights: Mapping[str, Weight], fields: Fields) -> str | None:
+    """Why a size would cut inside a block of some weights, and the nearest values that would do."""
+    child = layout.sizes_of(fields)
+    try:
+        for _, weight in layout.kept(child, weights):
+            weight.cuts(layout.sizes, child)
+    except ValueError as error:
+        try:
+            Alignment().for_codes(weights.values()).check(layout, fields)
+        except ValueError as better:
+            return str(better)
+        return str(error)
+    return None
 
 
 def _inputs(layout: Layout) -> Iterator[tuple[Weight, Segment]]:

@@ -1,4 +1,4 @@
-"""Which sizes `slice` cuts: named, by fields, or the best within a budget."""
+"""Which sizes `slice` and `export` cut: named, by fields, or the best within a budget."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -118,3 +118,13 @@ def _reason(best: Candidate, found: Sequence[Candidate], fit: Sequence[Candidate
 
 def _why(found: Sequence[Candidate]) -> str:
     return ", ".join(f"{each.name} {dict(each.fields)}" for each in found)
+
+
+def warn(opened: "Checkpoint", size: "Submodel", console: Console) -> None:
+    """Say of a size that was cut that nobody trained it."""
+    from star_elastic import card
+
+    if size.name not in opened.space.sizes and opened.space.training is None:
+        console.print("[yellow]nobody trained or measured this very size[/yellow]")
+    elif warning := card.warning(size, opened.space):
+        console.print(f"[red]{size.name}: {warning}[/red]")

@@ -59,7 +59,7 @@ def export(
     opened = Checkpoint.open(checkpoint, check_digests)
     chosen = _chosen(opened, size, set_)
     _to_gguf(opened, chosen, out, type_, fallback, not no_tokenizer, overwrite, console)
-    _warn(opened, chosen, console)
+    choose.warn(opened, chosen, console)
 
 
 def _chosen(opened: "Checkpoint", size: str | None, fields: list[str] | None) -> "Submodel":
@@ -95,13 +95,3 @@ def _to_gguf(
         f"{out}: {size.name}, {size.total_params:,} parameters, {size.active_params:,} active, "
         f"{readable(written.bytes)} ({codes})"
     )
-
-
-def _warn(opened: "Checkpoint", size: "Submodel", console: Console) -> None:
-    """Say of a size that it was never trained, as `slice` does."""
-    from star_elastic import card
-
-    if size.name not in opened.space.sizes and opened.space.training is None:
-        console.print("[yellow]nobody trained or measured this very size[/yellow]")
-    elif warning := card.warning(size, opened.space):
-        console.print(f"[red]{size.name}: {warning}[/red]")

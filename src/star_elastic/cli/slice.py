@@ -87,13 +87,8 @@ def _folders(
 
 
 def _report(opened: "Checkpoint", cuts: dict[Path, "Submodel"], console: Console) -> None:
-    from star_elastic import card
-
     for folder, size in cuts.items():
-        if size.name not in opened.space.sizes and opened.space.training is None:
-            console.print("[yellow]nobody trained or measured this very size[/yellow]")
-        elif warning := card.warning(size, opened.space):
-            console.print(f"[red]{size.name}: {warning}[/red]")
+        choose.warn(opened, size, console)
         written = readable(sum(path.stat().st_size for path in folder.iterdir()))
         fields = ", ".join(f"{field} = {value}" for field, value in size.config.items())
         print(f"{folder}: {size.total_params:,} parameters, {written} ({fields or 'the parent'})")

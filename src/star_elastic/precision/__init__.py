@@ -1,7 +1,7 @@
 """Numbers of fewer bits: which matrices become codes, their scales, and what codes mean."""
 
 from star_elastic.precision.floats import FP8, NVFP4
-from star_elastic.precision.format import Format, Scales, computed_in
+from star_elastic.precision.format import Format, Scales, computed_in, largest_of
 from star_elastic.precision.formats import FORMATS, format_of
 from star_elastic.precision.integers import INT4, INT8, Groups, INT8Groups
 from star_elastic.precision.keep import ignored, quantized
@@ -23,5 +23,6 @@ __all__ = [
     "computed_in",
     "format_of",
     "ignored",
+    "largest_of",
     "quantized",
 ]

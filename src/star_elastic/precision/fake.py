@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_elastic.precision.format import Format, computed_in
+from star_elastic.precision.format import Format, computed_in, largest_of
 from star_elastic.shapes import Run, narrow
 
 Cuts = Sequence[tuple[int, list[Run]]]  # (dimension, runs kept of it), as `shapes.cuts` tells
@@ -29,7 +29,7 @@ def fake(matrix: Tensor, form: Format, cuts: Cuts = ()) -> Tensor:
     """
     matrix = matrix.to(computed_in(matrix.dtype))
     with _constants_on(matrix.device):
-        whole = form.whole(_largest(matrix)) if form.has_whole else {}
+        whole = form.whole(largest_of(matrix.flatten())) if form.has_whole else {}
         if form.block == 1:  # a row's scale comes from all of the row
             rows = form.rows(narrow(matrix, [cut for cut in cuts if cut[0] == 0]), whole)
             kept = narrow(matrix, cuts)
@@ -61,8 +61,3 @@ def _constants_on(device: torch.device) -> AbstractContextManager[Any]:
     as small matrices do.
     """
     return nullcontext() if device.type == "cpu" else device
-
-
-def _largest(matrix: Tensor) -> Tensor:
-    low, high = torch.aminmax(matrix)
-    return torch.maximum(-low, high)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from star_elastic.align import Alignment
+from star_elastic.align import advice
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.dtypes import STORED
 from star_elastic.folder import Spec, Stored
@@ -61,18 +61,7 @@ def make_plan(checkpoint: Checkpoint, form: Format, keep: Sequence[str] = ()) ->
 
 def broken(planned: Plan, fields: Fields) -> str | None:
     """Why a size would not survive: a cut inside a block, and the nearest values that would do."""
-    layout = planned.checkpoint.layout
-    child = layout.sizes_of(fields)
-    try:
-        for _, weight in layout.kept(child, planned.weights):
-            weight.cuts(layout.sizes, child)
-    except ValueError as error:
-        try:
-            Alignment().for_codes(planned.weights.values()).check(layout, fields)
-        except ValueError as advice:
-            return str(advice)
-        return str(error)
-    return None
+    return advice(planned.checkpoint.layout, planned.weights, fields)
 
 
 def surviving(planned: Plan, drop: bool) -> ElasticSpace:

@@ -26,7 +26,7 @@ from star_elastic.folder import (
     write_file,
     write_json,
 )
-from star_elastic.precision import Format, computed_in
+from star_elastic.precision import Format, computed_in, largest_of
 from star_elastic.quantize.declare import beside, config_of
 from star_elastic.quantize.plan import Plan, surviving
 from star_elastic.slicing import refuse_source
@@ -130,8 +130,7 @@ class _Matrix:
     def look(self, data: memoryview) -> None:
         """Take note of the largest magnitude."""
         for weight in self._parts(data):
-            low, high = torch.aminmax(weight)
-            self._largest = torch.maximum(self._largest, torch.maximum(-low, high))
+            self._largest = torch.maximum(self._largest, largest_of(weight.flatten()))
 
     def encode(self, data: memoryview) -> None:
         """Write the codes of some rows, and the scales after the last of them."""

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from star_elastic.align import Alignment
+from star_elastic.align import Alignment, advice
 from star_elastic.layout import Layout, Weight
 from star_elastic.precision import Format
 from star_elastic.precision.fake import Cuts, fake, straight
@@ -113,24 +113,16 @@ class Coding:
         Raises:
             ValueError: naming the size and, where there are, values that would do.
         """
-        child = self.layout.sizes_of(fields)
-        for weight in (weight for pieces in self.chosen.values() for weight in pieces):
-            try:
-                replace(weight, blocks=(1, self.form.block)).cuts(self.layout.sizes, child)
-            except ValueError as error:
-                raise ValueError(
-                    f"size {name}: {self._advice(fields) or error} (blocks of {self.form.name}); "
-                    "`sizes` may name those that are to stay"
-                ) from None
+        pieces = (weight for pieces in self.chosen.values() for weight in pieces)
+        blocks = (1, self.form.block)
+        weights = {weight.name: replace(weight, blocks=blocks) for weight in pieces}
+        if reason := advice(self.layout, weights, fields):
+            raise ValueError(
+                f"size {name}: {reason} (blocks of {self.form.name}); "
+                "`sizes` may name those that are to stay"
+            )
 
     def steps(self, multiple_of: Mapping[str, int]) -> dict[str, int]:
         """In which steps axes shrink between blocks, in multiples of what is asked as well."""
         found = Alignment(self.form.block).steps(self.layout)
         return {axis: math.lcm(n, multiple_of.get(axis, 1)) for axis, n in found.items()}
-
-    def _advice(self, fields: Fields) -> str | None:
-        try:
-            Alignment(self.form.block).check(self.layout, fields)
-        except ValueError as advice:
-            return str(advice)
-        return None
