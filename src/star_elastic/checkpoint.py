@@ -28,7 +28,7 @@ from star_elastic.folder import (
     stored_tensors,
 )
 from star_elastic.layout import Layout, Weight
-from star_elastic.packed import is_quantized, packed_weights
+from star_elastic.packed import SHAPE, is_quantized, packed_weights, shape_told
 from star_elastic.shapes import Sizes, narrow
 from star_elastic.submodel import ElasticSpace, Submodel, read_declaration
 
@@ -115,11 +115,17 @@ class Checkpoint:
 
     def tensors(self, child: Sizes | None = None) -> Iterator[tuple[str, "Tensor"]]:
         """The tensors of a submodel, one at a time, read from the parent's files."""
+        import torch
+
         child = child or self.layout.sizes
         kept = list(self.layout.kept(child, self.weights))
         wholes = self.read(weight.name for _, weight in kept)
         for (name, weight), whole in zip(kept, wholes, strict=True):
-            yield name, narrow(whole, weight.cuts(self.layout.sizes, child))
+            if name.endswith(SHAPE):  # whose values, not extent, are the size's own
+                codes = self.weights[weight.name.replace(SHAPE, "weight_packed")]
+                yield name, torch.tensor(shape_told(codes, child), dtype=whole.dtype)
+            else:
+                yield name, narrow(whole, weight.cuts(self.layout.sizes, child))
 
     def read(self, names: Iterable[str]) -> Iterator["Tensor"]:
         """Whole tensors by their names on disk, one at a time and in this order.

@@ -12,7 +12,7 @@ from typing import Any
 
 from star_elastic.folder import Stored
 from star_elastic.layout import Layout, Weight
-from star_elastic.shapes import Dim
+from star_elastic.shapes import Dim, Sizes
 
 SHAPE = "weight_shape"  # a tensor whose two values are the shape of the weight beside it
 _ONE: Dim = (("1",),)
@@ -60,6 +60,11 @@ def packed_weights(layout: Layout, stored: Mapping[str, Stored]) -> dict[str, We
 def is_quantized(weights: Mapping[str, Weight], layout: Layout) -> bool:
     """Does any weight stand on disk as codes?"""
     return weights.keys() != layout.stored.keys()
+
+
+def shape_told(codes: Weight, sizes: Sizes) -> list[int]:
+    """What the `weight_shape` beside some codes tells of a size: its rows and columns."""
+    return [n * block for n, block in zip(codes.shape(sizes), codes.blocks, strict=True)]
 
 
 def renumbered(declared: Any, kept: Mapping[int, int]) -> Any:

@@ -234,7 +234,7 @@ def _write(shard: Shards, planned: Plan, piece: Piece, data: memoryview) -> None
 def shape_of(planned: Plan, piece: Piece) -> memoryview:
     """The one tensor whose values change: it tells the shape of the codes beside it."""
     codes = planned.pieces[piece.weight.name.replace(packed.SHAPE, "weight_packed")].weight
-    shape = [n * block for n, block in zip(codes.shape(planned.sizes), codes.blocks, strict=True)]
+    shape = packed.shape_told(codes, planned.sizes)
     return np.array(shape, STORED[piece.spec.dtype]).view(np.uint8).data
 
 

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from star_elastic import packed
 from star_elastic.budget import parse_field
 from star_elastic.checkpoint import Checkpoint
-from star_elastic.dtypes import STORED
-from star_elastic.slicing import Plan, custom, plan, shape_of
+from star_elastic.slicing import custom, plan
 from star_elastic.submodel import Fields, Submodel
 
 if TYPE_CHECKING:
@@ -74,14 +72,5 @@ def tensors_of(checkpoint: Checkpoint, fields: Fields) -> "Iterator[tuple[str, T
         CheckpointError: a file that is not the one opened, or cannot be read.
         ValueError: a size this parent cannot hold.
     """
-    planned = plan(checkpoint, custom(checkpoint, fields))
-    told = {each.name: each for each in planned.pieces.values() if each.name.endswith(packed.SHAPE)}
-    for name, tensor in checkpoint.tensors(planned.sizes):
-        yield name, _shape_told(planned, told[name]) if name in told else tensor
-
-
-def _shape_told(planned: Plan, piece: Any) -> "Tensor":
-    import torch
-
-    dtype = getattr(torch, STORED[piece.spec.dtype])
-    return torch.frombuffer(bytearray(shape_of(planned, piece)), dtype=dtype)
+    size = custom(checkpoint, fields)
+    return checkpoint.tensors(checkpoint.layout.sizes_of(size.config))
