@@ -31,8 +31,9 @@ check: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# a file's tests stay in one process: they share what they made
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # vLLM's pins are not ours, and without torchvision's match its imports fail; llama.cpp is compiled
 $(ENGINES)/.installed: pyproject.toml engines/constraints.txt

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_tensorboard_has_the_same_scalars(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Interrupted):
         train(recipe(folder), out, callbacks=[Heard(stop=5)])
+    time.sleep(1.1)  # event files are read in the order of their names, which tell the second
     train(recipe(folder), out, resume=True)
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     for name in ("small", "full"):
