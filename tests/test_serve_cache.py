@@ -68,16 +68,42 @@ def test_rows_of_unlike_length_advance_together(family: str, size: str) -> None:
 def test_a_call_that_was_not_committed_may_be_made_again(count: int) -> None:
     model = elastic("nemotron_h")
     places = places_of(model, "full")
-    pool, ids = pool_of(places), token_ids(1, 8)
-    first = Rows(pool, places, [Row(1, TABLES[0], 0)], 5)
+    pool, ids = pool_of(places), token_ids(2, 8)
+    first = Rows(pool, places, [Row(1, TABLES[0], 0), Row(0, TABLES[1], 0)], 5)
     run(model["full"], first, ids[:, :5])
     first.commit()
     states = [tensor.clone() for tensor in pool.tensors]
-    calls = [Rows(pool, places, [Row(1, TABLES[0], 5)], count) for _ in range(2)]
+    rows = [Row(1, TABLES[0], 5), Row(0, TABLES[1], 5)]
+    calls = [Rows(pool, places, rows, count) for _ in range(2)]
     said = [run(model["full"], rows, ids[:, 5 : 5 + count]) for rows in calls]
     assert torch.equal(*said)
     for kind, before, after in zip(pool.kinds, states, pool.tensors, strict=True):
         assert torch.equal(before, after) == (not kind.startswith("token."))
+
+
+@pytest.mark.parametrize("blocks", [[3, 4, 5, 6], [3, 4, 6, 5]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lone_row_is_read_where_it_lies(family: str, blocks: list[int]) -> None:
+    """In one piece or not, beside what is NaN; and its tokens have one place only."""
+    model = elastic(family)
+    places = places_of(model, "full")
+    pool, ids = pool_of(places), token_ids(1, 14)
+    for tensor in pool.tensors:
+        tensor.fill_(torch.nan)
+    pool.clear(1)
+    found, start = [], 0
+    for count in (6, 1, 1, 5, 1):
+        cache = Rows(pool, places, [Row(1, blocks, start)], count)
+        assert (cache._lies is not None) == (blocks[2] == 5 or start + count <= 8)
+        found.append(run(model["full"], cache, ids[:, start : start + count]))
+        cache.commit()
+        start += count
+    expected = logits(model["full"], ids)
+    torch.testing.assert_close(torch.cat(found, 1), expected, atol=2e-5, rtol=1e-4)
+    for kind, tensor in zip(pool.kinds, pool.tensors, strict=True):
+        if kind.startswith("token."):
+            own = [BLOCK * block + n for block in blocks for n in range(BLOCK)][:14]
+            assert tensor.isfinite().all(1).nonzero().flatten().tolist() == sorted(own)
 
 
 def test_a_slot_is_cleared_without_its_neighbours() -> None:

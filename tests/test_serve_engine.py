@@ -50,6 +50,10 @@ def ends(events: Sequence[Event]) -> dict[int, str]:
     return found
 
 
+def pool_tensors(engine: Engine) -> list[torch.Tensor]:
+    return [tensor for room in engine._pools.rooms.values() for tensor in room.pool.tensors]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_crowd_gets_what_each_gets_alone(family: str) -> None:
     """All sizes, unlike lengths, odd chunks, preemption, cancelled neighbours, used slots."""
@@ -93,12 +97,11 @@ def test_prompts_may_be_cut_anywhere(family: str, step_tokens: int) -> None:
 def test_nothing_of_a_former_sequence_is_seen(family: str) -> None:
     """Not even when all that it left is NaN."""
     model = elastic(family)
-    engine = Engine(model, 2, max_length=32, block_size=4)
+    engine = Engine(model, 2, max_length=32, block_size=4, reuse=False)
     ids = [prompt(9, 1), prompt(4, 2), prompt(6, 3)]
     first = engine.generate(ids, "small", 8)
-    for pool in engine._pools:
-        for tensor in pool.tensors:
-            tensor.fill_(torch.nan)
+    for tensor in pool_tensors(engine):
+        tensor.fill_(torch.nan)
     assert engine.generate(ids, "small", 8) == first
     assert first == [alone(model, "small", each, 8) for each in ids]
 
@@ -122,10 +125,10 @@ def test_weights_are_the_parents_and_caches_are_allocated_once() -> None:
     tokens = 4 * 32 + 4 * 8  # one block in part per sequence
     one = [layout.cache_bytes(tokens, 1, layout.sizes_of(f), "float32")["kv"] for f in ({}, small)]
     assert engine.cache_bytes == sum(one)  # small and prefix share a pool
-    held = [tensor.data_ptr() for pool in engine._pools for tensor in pool.tensors]
+    held = [tensor.data_ptr() for tensor in pool_tensors(engine)]
     for size in SIZES:
         engine.generate([prompt(9, n) for n in range(6)], size, 9)
-    assert held == [tensor.data_ptr() for pool in engine._pools for tensor in pool.tensors]
+    assert held == [tensor.data_ptr() for tensor in pool_tensors(engine)]
     assert model.copied_bytes(model["full"]) == model.copied_bytes(model["prefix"]) == 0
     assert engine.scheduler.preemptions == 0
 
@@ -239,7 +242,7 @@ def test_cancelled_in_every_phase() -> None:
     assert jobs[queued].slot is None
     for id in (decoding, reading, queued):
         assert engine.cancel(id) and not engine.cancel(id)
-    assert engine.scheduler.num_running == 0
+    assert engine.stats.running == 0
     events = drain(engine)
     assert ends(events) == {decoding: "cancelled", reading: "cancelled", queued: "cancelled"} | {
         kept: "length"

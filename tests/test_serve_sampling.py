@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from star_elastic.serve.sampling import Sampling, choose, penalized, warped
+from star_elastic.serve.sampling import Sampling, choose, likeliest, penalized, warped
 
 VOCAB = 40
 PROMPT, ANSWER = [3, 5, 5, 9], [5, 11, 11, 11, 30]
@@ -171,3 +171,28 @@ def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
 def test_values_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         Sampling(**{field: value})
+
+
+def test_the_likeliest_of_rows_that_are_numbers() -> None:
+    rows = torch.stack([random_logits(seed) for seed in range(5)])
+    expected: list[int | None] = rows.argmax(-1).tolist()
+    for row, value in ((1, math.nan), (3, math.inf)):
+        rows[row, 7], expected[row] = value, None
+    assert likeliest(rows) == expected
+
+
+@pytest.mark.parametrize(
+    "bent",
+    [
+        {"temperature": 0.5},
+        {"logprobs": 0},
+        {"logit_bias": {3: 1.0}},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+    ],
+    ids=str,
+)
+def test_only_what_takes_the_likeliest_as_it_is_is_plain(bent: dict[str, Any]) -> None:
+    assert Sampling(top_k=3, top_p=0.5, seed=1, logit_bias={2: 0.0}).is_plain
+    assert not Sampling(**bent).is_plain

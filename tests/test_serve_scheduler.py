@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from star_elastic.serve.scheduler import Job, Scheduler, Space, Work
+from star_elastic.serve.scheduler import Scheduler, Work
+from star_elastic.serve.space import Job, Space
 
 POOL_OF = {"12b": 0, "23b": 0, "30b": 1}  # the first two share a pool
 BLOCK = 4
@@ -20,14 +22,20 @@ class Run:
     slots: int = 2
     blocks: int = 8
     step_tokens: int = 9
+    reuse: bool = False
+    snapshots: int = 0  # places; 0: no recurrent state
     trace: list[list[tuple[str, int, list[int]]]] = field(default_factory=list)
     sampled: dict[int, int] = field(default_factory=dict)
     computed: dict[int, int] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.spaces = [Space(self.slots, self.blocks, BLOCK) for _ in range(2)]
-        self.scheduler = Scheduler(POOL_OF, self.spaces, self.step_tokens)
+        self.spaces = [
+            Space(self.slots, self.blocks, BLOCK, self.reuse, self.snapshots) for _ in range(2)
+        ]
+        self.scheduler = Scheduler(self.step_tokens)
+        for size, pool in POOL_OF.items():
+            self.scheduler.add_size(size, self.spaces[pool])
         self.count = 0
 
     def add(self, size: str, prompt: int, answer: int, priority: int = 0) -> int:
@@ -51,7 +59,10 @@ class Run:
         for work in works:
             for job in work.jobs:
                 self.computed[job.id] += work.count
-            for job in self.scheduler.advance(work):
+            ready = self.scheduler.advance(work)
+            for job in work.jobs:
+                self.spaces[POOL_OF[job.size]].keep(job)
+            for job in ready:
                 job.tokens.append(0)
                 self.sampled[job.id] += 1
                 if len(job.tokens) == job.max_length:
@@ -70,8 +81,10 @@ class Run:
         for space in self.spaces:
             slots = [job.slot for job in space.running if job.slot is not None]
             assert sorted([*space.free_slots, *slots]) == list(range(self.slots))
-            blocks = [block for job in space.running for block in job.blocks]
-            assert sorted([*space.free_blocks, *blocks]) == list(range(self.blocks))
+            held = {block for job in space.running for block in job.blocks}
+            free = len(space.free_blocks) + space.prefixes.num_unused
+            assert not held & {*space.free_blocks} and free + len(held) == self.blocks
+            assert len({*space.free_blocks}) == len(space.free_blocks)
         moved = {job.id: (work, job) for work in works for job in work.jobs}
         assert len(moved) == sum(len(work.jobs) for work in works)
         assert sum(work.count * len(work.jobs) for work in works) <= self.step_tokens
@@ -82,7 +95,9 @@ class Run:
         running = [job for space in self.spaces for job in space.running]
         assert {job.id for job in running if job.num_uncached == 1} <= moved.keys()
         assert bool(works) == bool(self.scheduler.jobs)  # there is always somebody to serve
-        assert self.scheduler.num_running + self.scheduler.num_waiting == len(self.scheduler.jobs)
+        for size in POOL_OF:
+            count = self.scheduler.num_running(size) + self.scheduler.num_waiting(size)
+            assert count == sum(job.size == size for job in self.scheduler.jobs.values())
 
 
 def requests() -> st.SearchStrategy[tuple[str, int, int, int]]:
@@ -97,9 +112,11 @@ ACTIONS = st.lists(
 )
 
 
-def play(actions: Sequence[tuple[str, int, int, int] | int | str]) -> tuple[Run, dict[int, int]]:
+def play(
+    actions: Sequence[tuple[str, int, int, int] | int | str], **kind: Any
+) -> tuple[Run, dict[int, int]]:
     """Requests, cancellations (an id) and steps; then steps until all is done."""
-    run, wanted = Run(), {}
+    run, wanted = Run(**kind), {}
     for action in actions:
         if isinstance(action, tuple):
             wanted[run.add(*action)] = action[2]
@@ -114,15 +131,19 @@ def play(actions: Sequence[tuple[str, int, int, int] | int | str]) -> tuple[Run,
     return run, wanted
 
 
-@settings(max_examples=300, deadline=None)
-@given(ACTIONS)
+KINDS: list[dict[str, Any]] = [{}, {"reuse": True}, {"reuse": True, "snapshots": 2}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["no reuse", "reuse", "recurrent"])
+@settings(max_examples=200, deadline=None)
+@given(actions=ACTIONS)
 def test_every_request_ends_with_all_its_tokens(
-    actions: list[tuple[str, int, int, int] | int | str],
+    kind: dict[str, Any], actions: list[tuple[str, int, int, int] | int | str]
 ) -> None:
-    run, wanted = play(actions)
+    run, wanted = play(actions, **kind)
     assert {id: run.sampled[id] for id in wanted} == wanted
-    assert run.spaces[0].free_slots and not run.scheduler.num_waiting
-    again, _ = play(actions)
+    assert run.spaces[0].free_slots and not any(map(run.scheduler.num_waiting, POOL_OF))
+    again, _ = play(actions, **kind)
     assert again.trace == run.trace
 
 

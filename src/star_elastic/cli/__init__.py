@@ -16,10 +16,14 @@ from star_elastic.cli import (
     export,
     fit,
     inspect,
+    keys,
     pack,
     quantize,
     rank,
+    route,
+    serve,
     slice,
+    top,
     train,
     unpack,
     verify,
@@ -53,10 +57,14 @@ def build_app() -> typer.Typer:
         unpack.unpack,
         quantize.quantize,
         export.export,
+        serve.serve,
         chat.chat,
+        top.top,
     )
     for verb in verbs:
         app.command(verb.__name__.rstrip("_"))(verb)
+    app.add_typer(keys.keys_app)
+    app.add_typer(route.route_app)
     return app
 
 

@@ -4,7 +4,7 @@ A request becomes an `Asked`, a backend makes `Piece`s of its answers, and the A
 those. Nothing above this line knows tokens, nothing below it knows HTTP replies.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ class Piece:
     """What one step adds to one answer.
 
     `finish` is set on the last one, which may add nothing else. `cached_tokens` (of the prompt, not
-    computed again) is told once, with the first.
+    computed again) and `queued_s` (until it had its place) are told once, with the first.
     """
 
     index: int  # of the answer
@@ -54,6 +54,7 @@ class Piece:
     logprobs: tuple[ChatTokenLogprob, ...] = ()
     finish: FinishReason | None = None
     cached_tokens: int = 0
+    queued_s: float = 0.0
 
 
 class AnswerFailed(Exception):
@@ -70,10 +71,10 @@ class AnswerFailed(Exception):
 class Backend(Protocol):
     """Answers requests at some sizes."""
 
-    def answers(self, asked: Asked, size: str, confidence: bool) -> AsyncIterator[Piece]:
+    def answers(self, asked: Asked, size: str, confidence: bool) -> AsyncGenerator[Piece, None]:
         """The pieces of all answers, mixed as they come; each answer ends with a `finish`.
 
-        Closing the iterator (or cancelling the task that awaits it) frees all that it holds.
+        Closing the generator (or cancelling the task that awaits it) frees all that it holds.
 
         Args:
             confidence: tell the log probability of every token, though the client did not ask.

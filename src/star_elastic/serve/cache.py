@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -29,6 +30,11 @@ class Geometry:
     """The state of one sequence: kind and shape of each tensor, in the order of its layers."""
 
     states: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it has a state that is one for all tokens, and cannot be cut back."""
+        return not all(kind.startswith(_PER_TOKEN) for kind, _ in self.states)
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,27 @@ class Pool:
 
     def clear(self, slot: int) -> None:
         """Zero the conv and SSM states of a slot, for a sequence that has no token yet."""
-        for kind, tensor in zip(self.kinds, self.tensors, strict=True):
-            if not kind.startswith(_PER_TOKEN):
-                tensor[slot].zero_()
+        for tensor in self._states:
+            tensor[slot].zero_()
+
+    def copy(self, slot: int, to: int) -> None:
+        """Copy the conv and SSM states of a slot to another."""
+        for tensor in self._states:
+            tensor[to].copy_(tensor[slot])
+
+    @property
+    def _states(self) -> list[Tensor]:
+        named = zip(self.kinds, self.tensors, strict=True)
+        return [tensor for kind, tensor in named if not kind.startswith(_PER_TOKEN)]
 
 
 class Rows(Cache):
     """The cache of one forward call: `count` new tokens for each of some sequences of a pool.
 
-    The call takes `positions` and `mask` from here too. Conv and SSM states are worked on in a copy
-    until `commit`: a call that raised has changed nothing, and may be made again.
+    The call takes `positions` and `mask` from here too. Conv and SSM states of several rows are
+    worked on in a copy until `commit`: a call that raised has changed none, and may be made again
+    row by row. A lone row is worked on where it lies, and read there too if its blocks lie one
+    after another: then nothing is copied.
     """
 
     def __init__(self, pool: Pool, places: Places, rows: Sequence[Row], count: int):
@@ -109,30 +126,50 @@ class Rows(Cache):
         self._pool = pool
         self._index = places.index
         self._device = pool.tensors[0].device
-        self._slots = torch.tensor([row.slot for row in rows], device=self._device)
         self._states: dict[int, Tensor] = {}
-        start_B1 = torch.tensor([[row.start] for row in rows])
-        positions_BT = start_B1 + torch.arange(count)
-        every_L = torch.arange(max(row.start for row in rows) + count)
-        # beyond its own end a row reads its first token again: masked, and surely finite
-        own_BL = torch.where(every_L < start_B1 + count, every_L, 0)
-        blocks = [torch.tensor(row.blocks) for row in rows]
-        table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
-        self._read_BL = self._rows_of(table, own_BL)
-        self._write_BT = self._rows_of(table, positions_BT)
-        self._seen_BTL = (every_L <= positions_BT[:, :, None]).to(self._device)
-        self.positions = positions_BT.to(self._device)
+        # small arrays are made by numpy: torch takes several times as long for each
+        start_B1 = np.array([[row.start] for row in rows])
+        self._positions_BT = start_B1 + np.arange(count)
+        self._every_L = np.arange(start_B1.max() + count)
+        self._lone = rows[0].slot if len(rows) == 1 else None
+        self._lies = _where_it_lies(rows[0], pool.block_size, count) if len(rows) == 1 else None
+        self.positions = self._here(self._positions_BT)
+        if self._lone is None:
+            self._slots = self._here(np.array([row.slot for row in rows]))
+        if self._lies is None:
+            place_BL = _places_of(rows, pool.block_size)[:, : len(self._every_L)]
+            write_BT = np.take_along_axis(place_BL, self._positions_BT, 1)
+            # beyond its own end a row reads its first token again: masked, and surely finite
+            read_BL = np.where(self._every_L < start_B1 + count, place_BL, place_BL[:, :1])
+            self._write, self._read = self._here(write_BT.ravel()), self._here(read_BL.ravel())
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """What is added to attention scores (B, 1, T, L): 0 where a token may look, else -inf."""
-        hidden = torch.zeros(self._seen_BTL.shape, dtype=dtype, device=self._device)
-        return hidden.masked_fill_(~self._seen_BTL, -torch.inf)[:, None]
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to attention scores (B, 1, T, L): 0 where a token may look, else -inf.
+
+        None for a lone row: stock models know its mask, and when they need none.
+        """
+        if self._lone is not None:
+            return None
+        unseen_BTL = self._here(self._every_L > self._positions_BT[:, :, None])
+        added = torch.zeros(unseen_BTL.shape, dtype=dtype, device=self._device)
+        return added.masked_fill_(unseen_BTL, -torch.inf)[:, None]
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The tokens that a lone row has cached."""
+        return int(self._positions_BT[0, 0])
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """How many tokens a lone row looks at, and from which on."""
+        return len(self._every_L), 0
 
     def commit(self) -> None:
         """Put the conv and SSM states after this call into their slots."""
         for index, state in self._states.items():
             store = self._pool.tensors[index]
-            store.index_copy_(0, self._slots, state.to(store.dtype))
+            if self._lone is not None:
+                store[self._lone].copy_(state[0])
+            else:
+                store.index_copy_(0, self._slots, state.to(store.dtype))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -173,24 +210,45 @@ class Rows(Cache):
         return False
 
     def _state(self, index: int) -> Tensor:
-        if index not in self._states:
-            self._states[index] = self._pool.tensors[index].index_select(0, self._slots)
+        if index in self._states:
+            return self._states[index]
+        store = self._pool.tensors[index]
+        if self._lone is not None:
+            return store[self._lone : self._lone + 1]
+        self._states[index] = store.index_select(0, self._slots)
         return self._states[index]
 
     def _extend(self, index: int, new_BHTD: Tensor) -> Tensor:
-        batch, heads, _, width = new_BHTD.shape
+        batch, heads, count, width = new_BHTD.shape
         store = self._pool.tensors[index]
-        store.index_copy_(
-            0, self._write_BT.flatten(), new_BHTD.transpose(1, 2).flatten(2).flatten(0, 1)
-        )
-        whole = store.index_select(0, self._read_BL.flatten())
+        new = new_BHTD.transpose(1, 2).reshape(batch * count, heads * width)
+        if self._lies is not None:
+            whole = store[self._lies]
+            whole[-count:].copy_(new)
+        else:
+            store.index_copy_(0, self._write, new)
+            whole = store.index_select(0, self._read)
         return whole.view(batch, -1, heads, width).transpose(1, 2)
 
-    def _rows_of(self, table: Tensor, positions: Tensor) -> Tensor:
-        """Where in the pool the tokens at some positions of each row lie."""
-        size = self._pool.block_size
-        found = table.gather(1, positions // size) * size + positions % size
-        return found.to(self._device)
+    def _here(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _where_it_lies(row: Row, block_size: int, count: int) -> slice | None:
+    """Where in the pool a row lies, new tokens included, if that is all in one piece."""
+    blocks = -(-(row.start + count) // block_size)
+    first = row.blocks[0]
+    if list(row.blocks[:blocks]) != list(range(first, first + blocks)):
+        return None
+    return slice(first * block_size, first * block_size + row.start + count)
+
+
+def _places_of(rows: Sequence[Row], block_size: int) -> np.ndarray:
+    """Where in the pool each token of each row lies, as far as its blocks go; then anywhere."""
+    table = np.zeros((len(rows), max(len(row.blocks) for row in rows)), dtype=np.int64)
+    for blocks, row in zip(table, rows, strict=True):
+        blocks[: len(row.blocks)] = row.blocks
+    return (table[:, :, None] * block_size + np.arange(block_size)).reshape(len(rows), -1)
 
 
 def check_rows(config: Any, max_length: int) -> None:

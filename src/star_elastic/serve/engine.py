@@ -2,63 +2,32 @@
 
 One step makes a forward call per size and chunk length over the rows that the scheduler picked;
 the models are stock views of one parent. A sequence's tokens do not depend on what else is in the
-batch. A request that fails, fails alone: a call that raises is made again row by row.
+batch, nor on whether its prompt was computed before. A request that fails, fails alone: a call that
+raises is made again row by row.
 
-The engine is synchronous and belongs to one thread.
+The engine is synchronous and belongs to one thread; `stats` may be read on any.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from star_elastic.model import ElasticModel
-from star_elastic.serve.cache import Geometry, Places, Pool, Row, Rows, check_rows
-from star_elastic.serve.sampling import Sampling, choose
-from star_elastic.serve.scheduler import Job, Scheduler, Space, Work
+from star_elastic.serve.cache import Row, Rows
+from star_elastic.serve.pools import Pools, Served
+from star_elastic.serve.request import Answer, Event, Request
+from star_elastic.serve.sampling import Sampling, likeliest
+from star_elastic.serve.scheduler import Scheduler, Work
+from star_elastic.serve.space import Job
+from star_elastic.serve.stats import SizeStats, Stats
+from star_elastic.submodel import Fields
 
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt of token ids for one size, pinned."""
-
-    prompt: Sequence[int]
-    size: str
-    max_tokens: int = 16
-    sampling: Sampling = field(default_factory=Sampling)
-    priority: int = 0  # lower goes first
-
-
-@dataclass(frozen=True)
-class Event:
-    """A token of a request, or its end, or both at once.
-
-    `finish` is None while it goes on, then "stop" (the token is a stop id), "length", "cancelled"
-    or "error" (and `error` says which).
-    """
-
-    id: int
-    token: int | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    finish: str | None = None
-    error: str | None = None
-
-
-@dataclass
-class _Open:
-    """A request that is not finished yet."""
-
-    request: Request
-    job: Job
-    stop_ids: frozenset[int]
-    generator: torch.Generator | None
+__all__ = ["Engine", "Event", "Request"]
 
 
 class Engine:
-    """Serves the named sizes of a model from its one copy of the weights."""
+    """Serves sizes of a model from its one copy of the weights."""
 
     def __init__(
         self,
@@ -69,6 +38,7 @@ class Engine:
         step_tokens: int = 512,
         block_size: int = 16,
         sizes: Sequence[str] | None = None,
+        reuse: bool = True,
     ):
         """Allocate all caches.
 
@@ -79,6 +49,7 @@ class Engine:
                 take if None.
             step_tokens: tokens computed in one step, of all sequences together.
             sizes: names to serve; all if None.
+            reuse: do not compute again how a prompt begins, where that was computed before.
 
         Raises:
             ValueError: a size that is not there, or that stock classes cannot run in such a batch;
@@ -92,34 +63,76 @@ class Engine:
         if tokens < max_length:
             raise ValueError(f"cache_tokens {tokens}: must be at least max_length {max_length}")
         self.max_length = max_length
-        self._views: dict[str, PreTrainedModel] = {}
-        self._places: dict[str, Places] = {}
-        for name in model.sizes if sizes is None else sizes:
-            if name not in model.sizes:
-                raise ValueError(f"no size {name!r}; there are {', '.join(model.sizes)}")
-            check_rows(model[name].config, max_length)
-            self._views[name] = model[name]
-            self._places[name] = Places.of(model.layout, model.sizes[name].config)
-        geometries = list(dict.fromkeys(place.geometry for place in self._places.values()))
         # every sequence may leave its last block part empty
         blocks = tokens // block_size + slots
-        self._pools = [self._pool(model, g, slots, blocks, block_size) for g in geometries]
-        self._pool_of = {name: geometries.index(p.geometry) for name, p in self._places.items()}
-        spaces = [Space(slots, blocks, block_size) for _ in geometries]
-        self.scheduler = Scheduler(self._pool_of, spaces, step_tokens)
-        self._open: dict[int, _Open] = {}
+        self._pools = Pools(model, slots, blocks, block_size, max_length, reuse)
+        self._sizes: dict[str, Served] = {}
+        self.scheduler = Scheduler(step_tokens)
+        self._open: dict[int, Answer] = {}
         self._pending: list[Event] = []
         self._next_id = 0
+        self._steps = 0
+        for name in model.sizes if sizes is None else sizes:
+            self.add_size(name)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the sizes that take requests."""
+        return tuple(name for name, served in self._sizes.copy().items() if not served.draining)
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all pools, allocated once and for all."""
-        return sum(pool.nbytes for pool in self._pools)
+        """Bytes of all pools; they change only when sizes come and go."""
+        return sum(room.pool.nbytes for room in self._pools.rooms.values())
 
     @property
     def busy(self) -> bool:
         """Whether a step has anything to do or to tell."""
         return bool(self._open or self._pending)
+
+    @property
+    def stats(self) -> Stats:
+        """What there is to do, and what was done; safe to read on any thread."""
+        sizes = {name: self._stats_of(served) for name, served in self._sizes.copy().items()}
+        return Stats(
+            queued=sum(size.queued for size in sizes.values()),
+            running=sum(size.running for size in sizes.values()),
+            cache_used=max(room.space.used for room in list(self._pools.rooms.values())),
+            preemptions=self.scheduler.preemptions,
+            steps=self._steps,
+            sizes=sizes,
+        )
+
+    def add_size(self, name: str, fields: Fields | None = None) -> None:
+        """Serve one size more: the model's own of this name, or another by its fields.
+
+        It is a new set of views; a pool is allocated only if no size has states of its shapes.
+
+        Raises:
+            ValueError: a name that is taken; a size that the parent cannot hold, that stock classes
+                cannot run in such a batch, or for whose slots a step has too few tokens.
+        """
+        if name in self._sizes:
+            raise ValueError(f"size {name!r} is served already")
+        served = self._pools.open(name, fields)
+        try:
+            self.scheduler.add_size(name, served.room.space)
+        except ValueError:
+            self._pools.close(served, list(self._sizes.values()))
+            raise
+        self._sizes[name] = served
+
+    def remove_size(self, name: str) -> None:
+        """Take no more requests at a size; it goes when those in flight have ended.
+
+        Raises:
+            ValueError: a size that is not served, or the last one.
+        """
+        self._check_size(name)
+        if len(self.sizes) == 1:
+            raise ValueError(f"size {name!r} is the last one")
+        self._sizes[name].draining = True
+        self._drop_if_drained(name)
 
     def submit(self, request: Request) -> int:
         """Queue a request; its id, by which `step` tells of it.
@@ -128,19 +141,18 @@ class Engine:
             ValueError: a size that is not served, a prompt that is empty, too long or of unknown
                 tokens, or an answer of no token.
         """
-        self._check_request(request)
-        view = self._views[request.size]
-        stop_ids = request.sampling.stop_ids
+        served = self._check_request(request)
         self._next_id += 1
-        length = len(request.prompt) + request.max_tokens
-        job = Job(self._next_id, request.size, list(request.prompt), length, request.priority)
-        self.scheduler.add(job)
-        self._open[job.id] = _Open(
-            request,
-            job,
-            _end_ids(view) if stop_ids is None else stop_ids,
-            request.sampling.generator(),
+        job = Job(
+            self._next_id,
+            request.size,
+            list(request.prompt),
+            len(request.prompt) + request.max_tokens,
+            request.priority,
+            request.salt,
         )
+        self.scheduler.add(job)
+        self._open[job.id] = Answer(request, job, served.end_ids, served.vocabulary)
         return job.id
 
     def cancel(self, id: int) -> bool:
@@ -156,8 +168,12 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance what the scheduler picks; the tokens and ends that come of it."""
         events, self._pending = self._pending, []
-        for work in self.scheduler.schedule():
+        works = self.scheduler.schedule()
+        for job in self.scheduler.admitted:
+            self._begin(job)
+        for work in works:
             events += self._run(work)
+        self._steps += bool(works)
         return events
 
     def generate(
@@ -197,95 +213,95 @@ class Engine:
             raise RuntimeError("; ".join(failed))
         return list(answers.values())
 
+    def _begin(self, job: Job) -> None:
+        served = self._sizes[job.size]
+        served.room.begin(job)
+        if len(job.tokens) == job.prompt_length:  # else it goes on where it was preempted
+            served.prompt_tokens_reused += job.num_cached
+
     def _run(self, work: Work) -> list[Event]:
         """One forward call, and the tokens that its rows sample."""
+        served = self._sizes[work.size]
         try:
-            logits_BV = self._forward(work)
+            logits_BV = _forward(work, served)
         except Exception as error:  # of many kinds; the engine lives on
             if len(work.jobs) == 1:
                 return [self._failed(work.jobs[0], error)]
             alone = [Work(work.size, work.count, (job,)) for job in work.jobs]
             return [event for each in alone for event in self._run(each)]
-        ready = self.scheduler.advance(work)
-        rows = dict(zip(work.jobs, logits_BV, strict=True))
-        return [self._sample(job, rows[job]) for job in ready]
-
-    @torch.inference_mode()
-    def _forward(self, work: Work) -> Tensor:
-        """Advance the rows by their tokens; logits (B, V) after the last, float32 on the CPU."""
-        view, pool = self._views[work.size], self._pools[self._pool_of[work.size]]
-        rows: list[Row] = []
+        ready = set(self.scheduler.advance(work))
         for job in work.jobs:
-            assert job.slot is not None
-            if job.num_cached == 0:
-                pool.clear(job.slot)
-            rows.append(Row(job.slot, job.blocks, job.num_cached))
-        cache = Rows(pool, self._places[work.size], rows, work.count)
-        ids = [job.tokens[job.num_cached : job.num_cached + work.count] for job in work.jobs]
-        output = view(
-            input_ids=torch.tensor(ids, device=view.device),
-            attention_mask=cache.mask(view.dtype),
-            position_ids=cache.positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.commit()
-        return output.logits[:, -1].float().cpu()
+            served.count(job, work.count)
+            served.room.keep(job)
+        if not ready:
+            return []
+        rows = zip(work.jobs, likeliest(logits_BV), logits_BV, strict=True)
+        return [self._take(served, *row) for row in rows if row[0] in ready]
 
-    def _sample(self, job: Job, logits_V: Tensor) -> Event:
+    def _take(self, served: Served, job: Job, best: int | None, logits_V: Tensor) -> Event:
         """The next token of a sequence, and whether it is the last one."""
-        open_ = self._open[job.id]
-        request, prompt = open_.request, len(open_.request.prompt)
         try:
-            choice = choose(
-                logits_V, request.sampling, request.prompt, job.tokens[prompt:], open_.generator
-            )
+            event = self._open[job.id].take(best, logits_V)
         except Exception as error:  # as above: this request's own
             return self._failed(job, error)
-        job.tokens.append(choice.token)
-        finish = None
-        if choice.token in open_.stop_ids:
-            finish = "stop"
-        elif len(job.tokens) == prompt + request.max_tokens:
-            finish = "length"
-        event = Event(job.id, choice.token, choice.logprob, choice.top, finish)
-        return self._end(event) if finish else event
+        served.output_tokens += 1
+        return self._end(event) if event.finish else event
 
     def _failed(self, job: Job, error: Exception) -> Event:
         return self._end(Event(job.id, finish="error", error=f"{type(error).__name__}: {error}"))
 
     def _end(self, event: Event) -> Event:
-        self.scheduler.remove(event.id)
-        del self._open[event.id]
+        self.scheduler.remove(event.id, failed=event.finish == "error")
+        size = self._open.pop(event.id).request.size
+        self._drop_if_drained(size)
         return event
 
-    def _check_request(self, request: Request) -> None:
-        if request.size not in self._views:
-            raise ValueError(f"no size {request.size!r}; there are {', '.join(self._views)}")
-        if not request.prompt:
-            raise ValueError("prompt: no token")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens {request.max_tokens}: must be at least 1")
-        length = len(request.prompt) + request.max_tokens
-        if length > self.max_length:
-            raise ValueError(f"{length} tokens of prompt and answer: at most {self.max_length}")
-        vocabulary = self._views[request.size].config.get_text_config().vocab_size
-        for token in (*request.prompt, *request.sampling.logit_bias):
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"token {token}: the vocabulary has {vocabulary}")
+    def _drop_if_drained(self, name: str) -> None:
+        """Let go of a size that takes no more requests and has none."""
+        scheduler = self.scheduler
+        left = scheduler.num_waiting(name) + scheduler.num_running(name)
+        if self._sizes[name].draining and not left:
+            served = self._sizes.pop(name)
+            self.scheduler.remove_size(name)
+            self._pools.close(served, list(self._sizes.values()))
 
-    @staticmethod
-    def _pool(
-        model: ElasticModel, geometry: Geometry, slots: int, blocks: int, block_size: int
-    ) -> Pool:
-        parent = model.parent
-        return Pool(geometry, slots, blocks, block_size, parent.dtype, parent.device)
+    def _stats_of(self, served: Served) -> SizeStats:
+        return SizeStats(
+            self.scheduler.num_waiting(served.name),
+            self.scheduler.num_running(served.name),
+            served.prompt_tokens_computed,
+            served.prompt_tokens_reused,
+            served.output_tokens,
+        )
+
+    def _check_size(self, name: str) -> None:
+        if name not in self.sizes:
+            raise ValueError(f"no size {name!r}; there are {', '.join(self.sizes)}")
+
+    def _check_request(self, request: Request) -> Served:
+        self._check_size(request.size)
+        served = self._sizes[request.size]
+        request.check(self.max_length, served.vocabulary)
+        return served
 
 
-def _end_ids(view: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end an answer, by the checkpoint."""
-    ids = getattr(view.generation_config, "eos_token_id", None)
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+@torch.inference_mode()
+def _forward(work: Work, served: Served) -> Tensor:
+    """Advance the rows by their tokens; logits (B, V) after the last."""
+    rows: list[Row] = []
+    for job in work.jobs:
+        assert job.slot is not None
+        rows.append(Row(job.slot, job.blocks, job.num_cached))
+    view = served.view
+    cache = Rows(served.room.pool, served.places, rows, work.count)
+    ids = [job.tokens[job.num_cached : job.num_cached + work.count] for job in work.jobs]
+    output = view(
+        input_ids=torch.tensor(ids, device=view.device),
+        attention_mask=cache.mask(view.dtype),
+        position_ids=cache.positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.commit()
+    return output.logits[:, -1]

@@ -12,32 +12,10 @@ recomputed by the same rule, and nothing is sampled twice.
   in order is never preempted, so work always ends.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-
-@dataclass(eq=False)
-class Job:
-    """One sequence: its tokens (prompt and generated) and what of the cache it holds."""
-
-    id: int
-    size: str
-    tokens: list[int]
-    max_length: int  # tokens that it may come to have
-    priority: int = 0
-    num_cached: int = 0
-    slot: int | None = None
-    blocks: list[int] = field(default_factory=list)
-
-    @property
-    def num_uncached(self) -> int:
-        """Tokens still to compute before the next one can be sampled."""
-        return len(self.tokens) - self.num_cached
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Lower goes first: priority, then arrival (ids count up)."""
-        return self.priority, self.id
+from star_elastic.serve.space import Job, Space
 
 
 @dataclass(frozen=True)
@@ -49,78 +27,45 @@ class Work:
     jobs: tuple[Job, ...]
 
 
-class Space:
-    """Free slots and blocks of one pool, and the sequences that hold the others."""
-
-    def __init__(self, slots: int, blocks: int, block_size: int):
-        self.block_size = block_size
-        self.capacity = blocks * block_size  # tokens
-        self.free_slots = list(range(slots))[::-1]
-        self.free_blocks = list(range(blocks))[::-1]
-        self.running: list[Job] = []
-
-    def lacking(self, job: Job, tokens: int) -> int:
-        """Blocks that a sequence needs beyond its own to hold so many tokens."""
-        return -(-tokens // self.block_size) - len(job.blocks)
-
-    def grow(self, job: Job, tokens: int) -> bool:
-        """Give a sequence blocks for so many tokens, if there are enough."""
-        lacking = self.lacking(job, tokens)
-        if lacking > len(self.free_blocks):
-            return False
-        job.blocks += [self.free_blocks.pop() for _ in range(lacking)]
-        return True
-
-    def admit(self, job: Job) -> bool:
-        """Give a sequence a slot and blocks for all its tokens, if there are enough."""
-        if not self.free_slots or not self.grow(job, len(job.tokens)):
-            return False
-        job.slot = self.free_slots.pop()
-        self.running.append(job)
-        return True
-
-    def release(self, job: Job) -> None:
-        """Take back all that a sequence holds; what it had cached is lost."""
-        assert job.slot is not None
-        self.running.remove(job)
-        self.free_slots.append(job.slot)
-        self.free_blocks += job.blocks
-        job.slot, job.blocks, job.num_cached = None, [], 0
-
-
 class Scheduler:
     """Requests of all sizes over the pools that their sizes share."""
 
-    def __init__(self, pool_of: Mapping[str, int], spaces: Sequence[Space], step_tokens: int):
-        """
-        Args:
-            pool_of: size -> index of its pool in `spaces`.
-            step_tokens: at most so many tokens in a step; decoding goes before prompts.
+    def __init__(self, step_tokens: int):
+        """`step_tokens`: at most so many tokens in a step; decoding goes before prompts."""
+        self.step_tokens = step_tokens
+        self.jobs: dict[int, Job] = {}
+        self.admitted: list[Job] = []  # by the last `schedule`
+        self.preemptions = 0
+        self._space_of: dict[str, Space] = {}
+        self._waiting: dict[str, list[Job]] = {}
+        self._turn: dict[str, int] = {}  # number of the last admission of each size
+        self._admissions = 0
+
+    def add_size(self, size: str, space: Space) -> None:
+        """Take sequences of a size, which live in this space; sizes may share one.
 
         Raises:
             ValueError: too few tokens for all slots to decode and a prompt to advance.
         """
-        slots = sum(len(space.free_slots) for space in spaces)
-        if step_tokens <= slots:
-            raise ValueError(f"step_tokens {step_tokens}: must be above {slots}, the slots")
-        self.step_tokens = step_tokens
-        self.jobs: dict[int, Job] = {}
-        self.preemptions = 0
-        self._pool_of = dict(pool_of)
-        self._spaces = list(spaces)
-        self._waiting: dict[str, list[Job]] = {size: [] for size in pool_of}
-        self._turn = dict.fromkeys(pool_of, 0)  # number of the last admission of each size
-        self._admissions = 0
+        slots = sum(each.slots for each in {*self._spaces, space})
+        if self.step_tokens <= slots:
+            raise ValueError(f"step_tokens {self.step_tokens}: must be above {slots}, the slots")
+        self._space_of[size], self._waiting[size], self._turn[size] = space, [], 0
 
-    @property
-    def num_waiting(self) -> int:
-        """Sequences without a slot, new ones and preempted ones."""
-        return sum(map(len, self._waiting.values()))
+    def remove_size(self, size: str) -> None:
+        """Forget a size that has no sequence, and what it computed."""
+        assert not self.num_waiting(size) + self.num_running(size)
+        self._space_of.pop(size).forget_size(size)
+        del self._waiting[size], self._turn[size]
 
-    @property
-    def num_running(self) -> int:
-        """Sequences with a slot."""
-        return sum(len(space.running) for space in self._spaces)
+    def num_waiting(self, size: str) -> int:
+        """Sequences of a size without a slot, new ones and preempted ones."""
+        return len(self._waiting.get(size, ()))
+
+    def num_running(self, size: str) -> int:
+        """Sequences of a size with a slot."""
+        space = self._space_of.get(size)
+        return 0 if space is None else [job.size for job in space.running].count(size)
 
     def add(self, job: Job) -> None:
         """Queue a sequence; its id must be above all earlier ones'.
@@ -128,23 +73,27 @@ class Scheduler:
         Raises:
             ValueError: more tokens than its pool could ever hold.
         """
-        space = self._space(job)
+        space = self._space_of[job.size]
         if job.max_length > space.capacity:
             raise ValueError(f"{job.max_length} tokens: the cache holds {space.capacity}")
         self.jobs[job.id] = job
         self._waiting[job.size].append(job)
 
-    def remove(self, id: int) -> Job | None:
-        """Forget a sequence in whatever phase it is, and free what it holds; None if unknown."""
+    def remove(self, id: int, failed: bool = False) -> Job | None:
+        """Drop a sequence in whatever phase it is, and free what it holds; None if unknown.
+
+        What one that `failed` has computed is not reused.
+        """
         job = self.jobs.pop(id, None)
         if job is not None and job.slot is not None:
-            self._space(job).release(job)
+            self._space_of[job.size].release(job, forget=failed)
         elif job is not None:
             self._waiting[job.size].remove(job)
         return job
 
     def schedule(self) -> list[Work]:
         """The forward calls of one step. Follow each with `advance`, or `remove` its sequences."""
+        self.admitted = []
         for space in self._spaces:
             self._grow_all(space)
             self._admit_all(space)
@@ -164,7 +113,8 @@ class Scheduler:
         left = self.step_tokens - len(decoding)
         for job in running:
             if job.num_uncached > 1 and left:
-                count = min(job.num_uncached, left)
+                ends = [cut - job.num_cached for cut in job.cuts if cut > job.num_cached]
+                count = min(job.num_uncached, left, *ends)
                 left -= count
                 yield job, count
 
@@ -183,16 +133,16 @@ class Scheduler:
                     return
                 self._preempt(space, worst)
             self._waiting[job.size].remove(job)
+            self.admitted.append(job)
             self._admissions += 1
             self._turn[job.size] = self._admissions
 
     def _next(self, space: Space) -> Job | None:
         """Best priority first, then the size that was admitted longest ago, then arrival."""
-        sizes = [size for size, pool in self._pool_of.items() if self._spaces[pool] is space]
         heads = [
-            min(self._waiting[size], key=lambda job: job.rank)
-            for size in sizes
-            if self._waiting[size]
+            min(waiting, key=lambda job: job.rank)
+            for size, waiting in self._waiting.items()
+            if waiting and self._space_of[size] is space
         ]
         return min(
             heads, key=lambda job: (job.priority, self._turn[job.size], job.id), default=None
@@ -203,8 +153,10 @@ class Scheduler:
         self._waiting[job.size].append(job)
         self.preemptions += 1
 
-    def _space(self, job: Job) -> Space:
-        return self._spaces[self._pool_of[job.size]]
+    @property
+    def _spaces(self) -> list[Space]:
+        """Each once, always in the same order."""
+        return list(dict.fromkeys(self._space_of.values()))
 
 
 def _grouped(counts: Iterable[tuple[Job, int]]) -> Iterable[Work]:

@@ -145,8 +145,12 @@ class Reasoning:
         self._start, self._end, self._inside = start, end, inside
         self._held = ""
         self.state: Literal["opening", "thinking", "answering"] = "opening"
-
         self.thought = inside  # has there been a block?
+
+    @property
+    def held(self) -> str:
+        """What is not shown yet, as it may grow into the next mark."""
+        return self._held
 
     def push(self, text: str) -> Parts:
         """What may be shown now."""
@@ -204,11 +208,16 @@ class TextStream:
         """The stop string that ended this answer."""
         return self._in_reasoning.found or self._in_content.found
 
+    @property
+    def answers(self) -> bool:
+        """Whether the reasoning, if there is any, is over."""
+        return self._reasoning is None or self._reasoning.state == "answering"
+
     def push(self, token: int) -> Parts:
         """What may be shown after this token. An id the tokenizer does not know has no text."""
         self.tokens += 1
         piece = self._pieces[token] if token < len(self._pieces) else b""
-        answering = self._reasoning is None or self._reasoning.state == "answering"
+        answering = self.answers
         parts = self._stop(self._split(self._utf8.decode(piece)))
         if self._reasoning is not None and not answering and self._reasoning.thought:
             self.reasoning_tokens = self.tokens

@@ -14,6 +14,7 @@ from star_elastic.serve.policy.choose import (
     Wish,
 )
 from star_elastic.serve.policy.cost import Bucket, ByCost
+from star_elastic.serve.policy.difficulty import ByDifficulty
 from star_elastic.serve.policy.latency import ByLatency, Speeds
 from star_elastic.serve.policy.load import ByLoad, Full
 from star_elastic.serve.policy.quality import ByQuality
@@ -22,6 +23,7 @@ __all__ = [
     "Allowed",
     "Bucket",
     "ByCost",
+    "ByDifficulty",
     "ByLatency",
     "ByLoad",
     "ByQuality",

@@ -50,6 +50,7 @@ class Wish:
     tier: str | None = None  # of the API key
     key: str | None = None  # who pays: a name of the API key, never the key
     after: str | None = None  # the size whose answer was not good enough, see `Cascade`
+    difficulty: float | None = None  # what the largest size may gain, -1 to 1: `ByDifficulty`
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Load:
     queued: int = 0
     running: int = 0
     tokens_per_second: float = 0.0  # made by all sizes together, over the last second or so
-    cache_used: float = 0.0  # share of the blocks and slots, 0 to 1
+    cache_used: float = 0.0  # share of the blocks, 0 to 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from star_elastic.serve.schema.errors import BadRequest, FieldError, shown
-from star_elastic.serve.schema.requests import Message, Wanted
+from star_elastic.serve.schema.requests import Known, Message
 from star_elastic.serve.schema.thinking import fold
 
 MAX_BYTES = 8 * 2**20
@@ -51,7 +51,7 @@ _NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "truncate_prompt_tokens": _ANY,
 }
-Request = TypeVar("Request", bound=Wanted)
+Request = TypeVar("Request", bound=Known)
 
 
 def read(kind: type[Request], body: bytes, max_bytes: int = MAX_BYTES) -> tuple[Request, list[str]]:
@@ -130,7 +130,7 @@ def _first(error: ValidationError) -> BadRequest:
     return BadRequest(f"{param}: {first['msg']}; it is {shown(first['input'])}", param)
 
 
-def _ignored(kind: type[Wanted], data: Mapping[str, Any]) -> list[str]:
+def _ignored(kind: type[Known], data: Mapping[str, Any]) -> list[str]:
     known = {*kind.model_fields, *_NOT_OFFERED}
     names = [name for name in data if name not in known]
     messages = data.get("messages") if "messages" in kind.model_fields else None
