@@ -6,6 +6,7 @@ weights and AdamW, takes training steps at each size: tokens per second and mode
     python -m bench.gpu router      # the table of bench.router_cost on this device
     python -m bench.gpu stack --layers 4 --peak-tflops 989
     python -m bench.gpu codes       # bench.decode: FP8, NVFP4 and INT8 weights against BF16
+    python -m bench.gpu serve       # bench.serve_gpu: decoding at three sizes of one 30B
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from bench.nano import SIZES, nano_config
+from bench.serve_gpu import serve
 from bench.step_cost import Fixed, fixed_batch
 from star_elastic.layout import Layout
 from star_elastic.submodel import Fields
@@ -52,7 +54,7 @@ def flops(layout: Layout, fields: Fields, tokens: int) -> float:
 
 def stack(arguments: argparse.Namespace) -> dict[str, Any]:
     """Median step time, tokens per second and utilisation per size."""
-    pattern = "".join("MEM*EMEMEM*E"[n % 12] for n in range(arguments.layers))
+    pattern = "".join("MEM*EMEMEM*E"[n % 12] for n in range(arguments.layers or 4))
     layout = Layout(nano_config(pattern, arguments.experts, "float32"))
     batch = fixed_batch(layout.sizes["vocab_size"], 1, arguments.length).to(
         torch.device(arguments.device)
@@ -91,9 +93,10 @@ def _timed(trainer: Trainer) -> float:
 def main() -> None:
     """Print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["router", "stack", "codes"])
+    parser.add_argument("what", choices=["router", "stack", "codes", "serve"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, help="4 of a stack, all 52 to serve")
+    parser.add_argument("--batches", default="36,108,224", help="of full, medium, small")
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=7)
@@ -101,6 +104,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "stack":
         print(json.dumps(stack(arguments), indent=2))
+    elif arguments.what == "serve":
+        batches = [int(batch) for batch in arguments.batches.split(",")]
+        layers, experts = arguments.layers or 52, arguments.experts
+        found = serve(layers, experts, batches, 64, arguments.repeats, arguments.device)
+        print(json.dumps(found, indent=2))
     elif arguments.what == "codes":
         with tempfile.TemporaryDirectory() as folder:
             words = [folder, "--device", arguments.device, "--pattern", "MEM*EME", "--tokens", "32"]

@@ -9,8 +9,11 @@ checkpoint. Greedy, no stop, prompts new in every round and the same for all. *a
 second after the first one, of one sequence; *crowd* is tokens a second of 16 at once, their prompts
 included; *one_by_one* is that of one at a time. Each engine is a process of its own, stopped but
 for its turn; turns rotate, each warms up first. Ratios are medians of the rounds' own, ours over
-the peer's: below 1 the peer is faster. `make test-engines` makes the peers' environment.
+the peer's: below 1 the peer is faster. *cores* is processor time over time: less than the threads
+on a busy machine, and of an engine that lets threads rest.
 
+`make test-engines` makes the peers' environment. vLLM's resident bytes contain a cache of one GiB a
+process, and it compiles unless told not to (`--eager`); in fp32 llama.cpp's cache is fp32.
 Stock `generate` has no queue: its *crowd* is one batch of prompts of equal length, its best case.
 """
 
@@ -63,15 +66,15 @@ class Worker:
         self.about = self._hear()
         self._signal(signal.SIGSTOP)
 
-    def ask(self, prompts: Ids, size: str, tokens: int) -> tuple[float, Ids]:
-        """Seconds, and the answers."""
+    def ask(self, prompts: Ids, size: str, tokens: int) -> dict[str, Any]:
+        """The answers (`tokens`), the `seconds` they took, and how many `cores` it had for them."""
         assert self._child.stdin is not None
         self._signal(signal.SIGCONT)
         print(json.dumps({"prompts": prompts, "size": size, "tokens": tokens}),
               file=self._child.stdin, flush=True)  # fmt: skip
         heard = self._hear()
         self._signal(signal.SIGSTOP)
-        return heard["seconds"], heard["tokens"]
+        return heard
 
     def resident_bytes(self) -> int:
         """Of the whole group of processes; what several map counts as a share of each."""
@@ -124,14 +127,17 @@ class Bench:
             worker, found = workers[name], self.found[name, size]
             worker.ask(warm[:1], size, 2)
             worker.ask(warm[1:], size, 2)
-            before, _ = worker.ask(first, size, 1)
-            whole, said = worker.ask(alone, size, tokens)
-            together, _ = worker.ask(many, size, tokens)
+            before = worker.ask(first, size, 1)["seconds"]
+            single = worker.ask(alone, size, tokens)
+            together = worker.ask(many, size, tokens)
+            whole = single["seconds"]
             found["first_ms"].append(1e3 * before)
             found["alone"].append((tokens - 1) / (whole - before))
             found["one_by_one"].append(tokens / whole)
-            found["crowd"].append(crowd * tokens / together)
-            self.said[name, size].append(said[0])
+            found["crowd"].append(crowd * tokens / together["seconds"])
+            found["cores_alone"].append(single["cores"])
+            found["cores_in_a_crowd"].append(together["cores"])
+            self.said[name, size].append(single["tokens"][0])
 
     def report(self, engine: str, size: str) -> dict[str, Any]:
         """Medians of an engine at a size, and ours over them."""
@@ -150,7 +156,7 @@ class Bench:
         both = zip(self.said[OURS, size], self.said[engine, size], strict=True)
         same = [_agreed(mine, its) for mine, its in both]
         row["tokens_equal_ours"] = all(n == self.asked.tokens for n in same)
-        row["least_tokens_equal_of"] = [min(same), self.asked.tokens]
+        row["least_tokens_equal"] = min(same)
         return row
 
 
@@ -224,7 +230,7 @@ def memory(
         "sizes": sizes,
         "weights_bytes": weights,
         "weights_ours_over_a_peer": round(weights[OURS] / weights["a_peer"], 3),
-        "resident_bytes": resident,  # vLLM's contains its cache of one GiB a process
+        "resident_bytes": resident,
         "resident_ours_over_it": {
             name: round(resident[OURS] / each, 3) for name, each in resident.items() if name != OURS
         },
@@ -240,6 +246,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     assert opened.space is not None
     counts = {name: size.total_params for name, size in opened.space.sizes.items()}
     sizes = sorted(counts, key=lambda name: counts[name], reverse=True)
+    before = os.getloadavg()[0]
     bench = Bench(asked, opened.layout.sizes["vocab_size"])
     with running(asked, opened, sizes, scratch) as workers:
         engines = list(dict.fromkeys(engine for engine, _ in workers))
@@ -248,7 +255,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 bench.round({name: workers[name, size] for name in engines}, size, number)
         return {
             "parameters": counts,
-            "load": os.getloadavg(),  # the machine is idle if it is about the number of threads
+            "load_before": round(before, 2),  # near 0 on an idle machine
             "engines": {name: workers[name, sizes[0]].about for name in engines},
             "memory": memory(opened, workers, sizes, asked.dtype),
             "tokens_a_second": {

@@ -186,10 +186,11 @@ def main() -> None:
     print(json.dumps(about), file=out, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         said = engine.answer(asked["prompts"], asked["size"], asked["tokens"])
-        took = time.perf_counter() - begun
-        print(json.dumps({"seconds": took, "tokens": said}), file=out, flush=True)
+        took, used = time.perf_counter() - begun, time.process_time() - used
+        told = {"seconds": took, "cores": used / took, "tokens": said}
+        print(json.dumps(told), file=out, flush=True)
 
 
 if __name__ == "__main__":

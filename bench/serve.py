@@ -34,7 +34,7 @@ def mixed(requests: int, concurrency: int, tokens: int = 12) -> dict[str, Any]:
     """Sizes, streams and disconnects mixed; every answer is compared with the one alone."""
     model = make_model("hybrid", 64, 3)
     draw = random.Random(0)
-    prompts = [f"request {n} of {draw.getrandbits(64):x}: " for n in range(requests)]
+    prompts = [f"request {n}: {draw.getrandbits(64):016x}" for n in range(requests)]
     wanted = [draw.choice(SIZES) for _ in prompts]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")

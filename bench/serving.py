@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def make_model(kind: str, width: int, layers: int, seed: int = 0) -> ElasticModel:
-    """A `dense` or `hybrid` parent of random weights, and two sizes of 0.75 and 0.5 its widths."""
+def make_model(
+    kind: str, width: int, layers: int, seed: int = 0, shares: Sequence[float] = (0.75, 0.5)
+) -> ElasticModel:
+    """A `dense` or `hybrid` parent of random weights, two sizes of these shares of its widths."""
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     pattern = "".join("M*-"[n % 3] for n in range(layers))
@@ -80,7 +82,7 @@ def make_model(kind: str, width: int, layers: int, seed: int = 0) -> ElasticMode
         parent.get_output_embeddings().weight.normal_()
     sizes = {
         name: {"hidden_size": int(width * share), "intermediate_size": int(3 * width * share)}
-        for name, share in (("middle", 0.75), ("small", 0.5))
+        for name, share in zip(("middle", "small"), shares, strict=True)
     }
     layout = Layout(config)
     space = ElasticSpace.of(layout, {"full": {}, **sizes}, trained=True)
