@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from models import elastic, letters_tokenizer, logits, same, token_ids
+from runs import WIDTHS, logged, make_data, recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from runs import WIDTHS, logged, make_data, recipe
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.folder import digest
 from star_elastic.layout import Layout
