@@ -3,10 +3,12 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import IDLE, PRESSED, SIZES, Ticking, pressed, refusal
 
+from star_elastic.serve.device import DeviceUse
 from star_elastic.serve.policy import ByLoad, Chooser, Full, Load, Pinned, Wish
 
 # by load: a queue in front of a server whose sizes make so many tokens a second
@@ -123,6 +125,34 @@ def test_ticks_count_not_requests_and_idle_time_is_ease() -> None:
     clock.now += 3_600
     by_load.observe(IDLE)
     assert by_load.level == 1
+
+
+def test_a_busy_gpu_presses_only_where_it_was_asked_for() -> None:
+    busy = Load(running=4, tokens_per_second=100, device_used=0.99)
+    for threshold, load, level in (
+        (None, busy, 0),
+        (0.95, busy, 1),
+        (0.95, Load(running=4, device_used=0.94), 0),
+        (0.95, Load(running=4, device_used=None), 0),
+    ):
+        clock = Ticking()
+        by_load = ByLoad(SIZES, clock, device=threshold)
+        for _ in range(2):
+            clock.now += 0.25
+            by_load.observe(load)
+        assert by_load.level == level, (threshold, load)
+
+
+def test_a_device_is_read_a_few_times_a_second_until_it_tells_nothing() -> None:
+    clock, answers = Ticking(), [40, 60]
+    gpu = torch.device("cuda", 0)
+    use = DeviceUse(gpu, lambda device: answers.pop(0), clock)
+    assert [use(), use()] == [0.4, 0.4]
+    clock.now += 0.25
+    assert use() == 0.6
+    clock.now += 0.25
+    assert [use(), use()] == [None, None]  # the driver's failure is not the server's
+    assert DeviceUse(torch.device("cpu"), lambda device: 1 // 0, clock)() is None
 
 
 def test_a_full_cache_presses_like_a_queue() -> None:

@@ -20,7 +20,7 @@ from star_elastic.serve.difficulty.file import (
 )
 from star_elastic.serve.keys import Key, Keys, digest_of, new_key
 from star_elastic.serve.opening import Capacity
-from star_elastic.serve.settings import Settings
+from star_elastic.serve.settings import LoadSettings, Settings
 
 KEYS = {name: new_key() for name in ("rich", "poor", "rare", "root")}
 
@@ -214,6 +214,14 @@ def test_settings_that_name_no_size() -> None:
     with (
         pytest.raises(ValueError, match="policy quality: size 'huge' is not among"),
         served(model(), settings=Settings(quality={"high": "huge"})),
+    ):
+        pass
+
+
+def test_a_policy_of_a_gpu_that_tells_nothing() -> None:
+    with (
+        pytest.raises(ValueError, match="policy load.device 0.9: no GPU tells"),
+        served(model(), settings=Settings(load=LoadSettings(device=0.9))),
     ):
         pass
 

@@ -27,7 +27,13 @@ STATUS = {
     "seconds_up": 93784.0,
     "draining": True,
     "ready": False,
-    "load": {"queued": 3, "running": 2, "tokens_per_second": 1234.5, "cache_used": 0.666},
+    "load": {
+        "queued": 3,
+        "running": 2,
+        "tokens_per_second": 1234.5,
+        "cache_used": 0.666,
+        "device_used": 0.71,
+    },
     "memory": {"weights": 3 * 2**30, "copies": 0, "cache": 2**20, "process": None},
     "sizes": [
         {
@@ -85,6 +91,7 @@ def test_a_frame_tells_all_and_steers_nothing() -> None:
         "3 queued",
         "1,234 tokens/s",
         "cache 67% used",
+        "device 71% used",
         "weights 3.0 GiB",
         "2.04B",
         "1,234,567",

@@ -91,6 +91,8 @@ def _figures(status: Mapping[str, Any]) -> Text:
         f"{load['tokens_per_second']:,.0f} tokens/s",
         f"cache {load['cache_used']:.0%} used",
     ]
+    if load.get("device_used") is not None:
+        parts.append(f"device {load['device_used']:.0%} used")
     bytes_ = [
         f"{name} {readable(memory[name])}"
         for name in ("weights", "copies", "cache", "process")

@@ -62,7 +62,7 @@ class Engine:
         tokens = slots * max_length if cache_tokens is None else cache_tokens
         if tokens < max_length:
             raise ValueError(f"cache_tokens {tokens}: must be at least max_length {max_length}")
-        self.max_length = max_length
+        self.max_length, self.device = max_length, model.parent.device
         # every sequence may leave its last block part empty
         blocks = tokens // block_size + slots
         self._pools = Pools(model, slots, blocks, block_size, max_length, reuse)

@@ -1,5 +1,6 @@
 """What a server counts, in Prometheus' format, by size."""
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -9,6 +10,10 @@ from star_elastic.serve.policy import Load
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1)
+
+
+def _device(load: Load) -> float:
+    return math.nan if load.device_used is None else load.device_used
 
 
 class Metrics:
@@ -31,6 +36,7 @@ class Metrics:
             ("running_requests", "requests that have one", lambda: load().running),
             ("tokens_per_second", "of all sizes, over a second", lambda: load().tokens_per_second),
             ("cache_used_ratio", "share of the cache", lambda: load().cache_used),
+            ("device_used_ratio", "share of the time; NaN if unknown", lambda: _device(load())),
         ):
             gauge = Gauge(f"star_elastic_{name}", text, registry=self.registry)
             gauge.set_function(read)

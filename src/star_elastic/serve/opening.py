@@ -162,6 +162,7 @@ def open_service(
         thinks=speech.marks is not None,
     )
     opened = Opened(service, template, model, worker, upstreams=upstreams)
+    _check_device(service)
     if worker is not None and local is not None and model is not None:
         opened.sizes = Sizes(service, local, model.layout, model.sizes)
         opened.weights = _weights(model, worker.engine.sizes)
@@ -188,17 +189,28 @@ def speech_of(source: Source) -> Speech:
     )
 
 
+def _check_device(service: Service) -> None:
+    """Raises: ValueError: a policy wants to know of a GPU that tells nothing."""
+    wanted = service.settings.load and service.settings.load.device
+    if wanted is not None and service.load().device_used is None:
+        raise ValueError(
+            f"policy load.device {wanted}: no GPU tells its utilization (is nvidia-ml-py there?)"
+        )
+
+
 def _weights(model: ElasticModel, sizes: Sequence[str]) -> Memory:
     copies = sum(model.copied_bytes(model[size]) for size in sizes)
     return Memory(sum(tensor.nbytes for tensor in model.state.values()), copies)
 
 
 def _together(loads: Sequence[Load]) -> Load:
+    devices = [load.device_used for load in loads if load.device_used is not None]
     return Load(
         sum(load.queued for load in loads),
         sum(load.running for load in loads),
         sum(load.tokens_per_second for load in loads),
         max(load.cache_used for load in loads),
+        max(devices, default=None),
     )
 
 

@@ -29,6 +29,7 @@ class LoadSettings(Strict):
 
     queue: Count = 8
     cache: Share = 0.9
+    device: Share | None = None
     ease: Annotated[float, Field(ge=0, lt=1)] = 0.5
     tick_s: Positive = 0.25
     down_ticks: Count = 2

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from star_elastic.serve.device import DeviceUse
 from star_elastic.serve.engine import Engine, Event, Request
 from star_elastic.serve.policy import Load
 
@@ -80,6 +81,7 @@ class Worker:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._device_used = DeviceUse(engine.device)
         self._calls: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._listeners: dict[int, _Listener] = {}
         self._made: deque[tuple[float, int]] = deque()  # (when, tokens) of the last second
@@ -106,7 +108,13 @@ class Worker:
         stats = self.engine.stats
         since = time.monotonic() - _WINDOW_S
         made = sum(tokens for at, tokens in self._made.copy() if at >= since)
-        return Load(stats.queued, stats.running, made / _WINDOW_S, stats.cache_used)
+        return Load(
+            stats.queued,
+            stats.running,
+            made / _WINDOW_S,
+            stats.cache_used,
+            self._device_used(),
+        )
 
     def post(self, action: Callable[[], object]) -> None:
         """Have something done on the engine's thread, after all that was posted before."""

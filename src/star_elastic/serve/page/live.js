@@ -62,6 +62,8 @@ export class Live {
     at("running").textContent = count(load.running);
     at("queued").textContent = count(load.queued);
     at("cache").textContent = `${Math.round(100 * load.cache_used)} %`;
+    at("device-figure").hidden = load.device_used === null;
+    at("device").textContent = `${Math.round(100 * load.device_used)} %`;
     const parts = ["weights", "copies", "cache", "process"].filter((name) => memory[name]);
     at("memory").replaceChildren(...parts.map((name) => figure(name, bytes(memory[name]))));
     this.showSizes(status.model, status.sizes);

@@ -61,6 +61,7 @@ class Load:
     running: int = 0
     tokens_per_second: float = 0.0  # made by all sizes together, over the last second or so
     cache_used: float = 0.0  # share of the blocks, 0 to 1
+    device_used: float | None = None  # share of the time, 0 to 1; None where nobody tells
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ _MOST_SECONDS = 60  # that anyone is told to wait
 
 
 class ByLoad:
-    """Caps the size by queue and cache, with hysteresis.
+    """Caps the size by queue, cache and, if asked for, the GPU's utilization, with hysteresis.
 
     State moves with the clock, at most one observation a tick, however many requests ask.
     """
@@ -39,6 +39,7 @@ class ByLoad:
         tick_s: float = 0.25,
         down_ticks: int = 2,
         up_ticks: int = 20,
+        device: float | None = None,
         settle_ticks: int = 4,
         margin: float = 0.8,
         forget: float = 1e-4,
@@ -46,6 +47,8 @@ class ByLoad:
         """
         Args:
             queue, cache: queued requests, and share of the cache, from which there is pressure.
+            device: likewise the share of the time in which the GPU works. None: it does not count,
+                for a lone sequence can keep a GPU busy; set it where others need that GPU too.
             ease: the fraction of these at and below which there is ease.
             settle_ticks: for which nothing counts after a step: as long as the load looks back.
             margin: the share of what a level once carried that the traffic may be, to go back.
@@ -54,10 +57,12 @@ class ByLoad:
         Raises:
             ValueError: a threshold that is not positive, or an ease not below 1.
         """
-        if min(queue, cache, tick_s, down_ticks, up_ticks, margin) <= 0 or not 0 <= ease < 1:
+        positive = (queue, cache, tick_s, down_ticks, up_ticks, margin, device or 1)
+        if min(positive) <= 0 or not 0 <= ease < 1:
             raise ValueError("by load: thresholds are positive, ease is in [0, 1)")
         self._sizes, self._clock = largest_first(sizes), clock
         self._queue, self._cache, self._ease = queue, cache, ease
+        self._device = device
         self._tick_s, self._down_ticks, self._up_ticks = tick_s, down_ticks, up_ticks
         self._margin, self._forget, self._settle_ticks = margin, forget, settle_ticks
         self._last = clock()
@@ -78,6 +83,8 @@ class ByLoad:
             f"load: at most {left[0].name} while {load.queued} wait, {load.running} run at "
             f"{load.tokens_per_second:.0f} tokens/s, cache {load.cache_used:.0%}"
         )
+        if self._device is not None and load.device_used is not None:
+            why += f", device {load.device_used:.0%}"
         return Allowed(left, why)
 
     def observe(self, load: Load) -> None:
@@ -91,7 +98,7 @@ class ByLoad:
         if self._unsettled > 0:
             self._unsettled -= ticks
             return
-        pressure = max(load.queued / self._queue, load.cache_used / self._cache)
+        pressure = self._pressure(load)
         if pressure >= 1:
             # Nobody saw the ticks since the last one, so that only this one is known to be pressed.
             self._pressed, self._eased = self._pressed + 1, 0
@@ -101,6 +108,13 @@ class ByLoad:
         else:
             self._pressed, self._eased, self._most = 0, 0, 0.0
         self._move()
+
+    def _pressure(self, load: Load) -> float:
+        """The most pressed of queue, cache and device: 1 where it reaches its threshold."""
+        pressures = [load.queued / self._queue, load.cache_used / self._cache]
+        if self._device is not None and load.device_used is not None:
+            pressures.append(load.device_used / self._device)
+        return max(pressures)
 
     def _fits(self, load: Load) -> bool:
         """Could the next larger size carry this traffic, as far as is known?"""
