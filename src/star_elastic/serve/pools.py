@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from star_elastic.model import ElasticModel
 from star_elastic.serve.cache import Geometry, Places, Pool, check_rows
+from star_elastic.serve.linear import share_linears
 from star_elastic.serve.space import Job, Space
 from star_elastic.submodel import Fields
 
@@ -101,6 +102,7 @@ class Pools:
         fields = sizes[name].config if fields is None else fields
         view = self._model[name] if own else self._model.submodel(**fields)
         check_rows(view.config, self._max_length)
+        share_linears(view)
         places = Places.of(self._model.layout, fields)
         room = self.rooms.get(places.geometry) or self._room(places.geometry)
         self.rooms[places.geometry] = room
