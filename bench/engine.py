@@ -1,6 +1,7 @@
 """Claims: sizes served from one copy of the weights lose nothing to models of their own.
 
     python -m bench.engine SCRATCH [--checkpoint FOLDER] [--families llama,nemotron_h] [--rounds 9]
+                           [--times 1]
 
 Greedy, on one device, everything interleaved; ratios are medians of the rounds' own. A size through
 the engine against stock `generate` of the same size, cut out to a folder (one at a time): tokens a
@@ -61,13 +62,26 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_parent(family: str, folder: Path) -> None:
-    """An elastic checkpoint of random weights with three sizes."""
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def write_parent(family: str, folder: Path, times: int) -> None:
+    """An elastic checkpoint of random weights with three sizes, so many times as wide."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **_CONFIGS[family])
+    config = AutoConfig.for_model(family, **_wider(_CONFIGS[family], times))
     model = ElasticModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
-    model.space = ElasticSpace.of(model.layout, _SIZES[family], trained=True)
+    model.space = ElasticSpace.of(
+        model.layout,
+        {name: _wider(fields, times) for name, fields in _SIZES[family].items()},
+        trained=True,
+    )
     model.save_pretrained(folder, overwrite=True)
+
+
+def _wider(fields: dict[str, Any], times: int) -> dict[str, Any]:
+    wide = (*_WIDTHS, *_HEADS)
+    return {name: value * times if name in wide else value for name, value in fields.items()}
 
 
 class Bench:
@@ -235,6 +249,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--size", help="the one looked at; the smallest if not given")
     parser.add_argument("--families", default="llama,nemotron_h", help="of parents made here")
+    parser.add_argument("--times", type=int, default=1, help="as wide, those made here")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
@@ -246,7 +261,7 @@ def main() -> None:
         folders = [asked.checkpoint]
     else:
         for folder in folders:
-            write_parent(folder.name.removeprefix("engine-"), folder)
+            write_parent(folder.name.removeprefix("engine-"), folder, asked.times)
     torch.manual_seed(0)
     report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for folder in folders:
