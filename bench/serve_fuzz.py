@@ -107,5 +107,6 @@ def _schemathesis(server: Process) -> str:
         "--checks", "not_a_server_error", "--max-examples", str(_TOOL_EXAMPLES),
         "--phases", "fuzzing", "--workers", "2", "--no-color",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # it leaves notes where it runs
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     return " | ".join(line.strip() for line in done.stdout.splitlines()[-8:] if line.strip())

@@ -34,7 +34,7 @@ class Answered:
 
 def load(seconds: float) -> dict[str, Any]:
     """The policy against the largest and the smallest size pinned, on the same arrivals."""
-    model = make_model("dense", 1024, 6, shares=(0.5, 0.25))
+    model = make_model("dense", 1536, 6, shares=(0.5, 0.25))
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")
         options = ("--slots", "16", "--max-length", "128")

@@ -182,6 +182,18 @@ def test_under_load_smaller_sizes_answer_and_a_pin_holds() -> None:
         assert any(why.startswith("load: at most") for why in whys)
 
 
+def test_load_is_seen_between_requests_too() -> None:
+    """Nobody comes while a queue is worked off; the next one is told a smaller size."""
+    settings = Settings.model_validate({"load": {"queue": 1, "tick_s": 0.05, "down_ticks": 5}})
+    small_room = Capacity(slots=1, max_length=200)
+    with served(model(), small_room, settings) as server, ThreadPoolExecutor(12) as pool:
+        for _ in range(12):
+            pool.submit(server.chat, model=f"{NAME}:full", max_tokens=150)
+        time.sleep(0.6)
+        assert server.opened.service.load().queued > 1  # or nothing is told here
+        assert sizes(server.chat(max_tokens=1)) != ["full"]
+
+
 def test_a_full_queue_says_when_to_come_again() -> None:
     settings = Settings.model_validate({"overload": {"queue": 2}, "load": None})
     with served(model(), Capacity(slots=1, max_length=200), settings) as server:

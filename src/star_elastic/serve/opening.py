@@ -1,5 +1,6 @@
 """From a checkpoint on disk to a service: the model, its engine, its tokenizer and template."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,7 @@ class Opened:
     sizes: Sizes | None = None  # those of the engine here
     upstreams: Upstreams | None = None
     weights: Memory = Memory()
+    watching: asyncio.Task[None] | None = None
 
     def memory(self) -> Memory:
         """Bytes of weights and caches here."""
@@ -95,11 +97,15 @@ class Opened:
         return replace(self.weights, cache=self.worker.engine.cache_bytes)
 
     async def __aenter__(self) -> "Opened":
+        self.watching = asyncio.create_task(self.service.watch())
         if self.upstreams is not None:
             await self.upstreams.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        if self.watching is not None:
+            self.watching.cancel()
+            await asyncio.gather(self.watching, return_exceptions=True)
         if self.upstreams is not None:
             await self.upstreams.close()
 

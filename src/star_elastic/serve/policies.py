@@ -31,6 +31,7 @@ class Policies:
     chooser: Chooser
     cost: ByCost
     judge: Judge | None
+    by_load: ByLoad | None
 
     @classmethod
     def of(
@@ -67,11 +68,13 @@ class Policies:
         ]
         if judge is not None:
             policies.append(ByDifficulty(judge.thresholds))
+        by_load = None
         if settings.load is not None:
-            policies.append(ByLoad(sizes, clock, **settings.load.model_dump()))
+            by_load = ByLoad(sizes, clock, **settings.load.model_dump())
+            policies.append(by_load)
         if settings.cascade is not None:
             policies.append(Cascade(settings.cascade.below))
-        return cls(Chooser(sizes, policies), cost, judge)
+        return cls(Chooser(sizes, policies), cost, judge, by_load)
 
 
 def _check_named(settings: Settings, judge: Judge | None, served: Mapping[str, Size]) -> None:

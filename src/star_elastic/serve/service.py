@@ -97,6 +97,15 @@ class Service:
         """Whether every size can answer now, and more requests are taken."""
         return not self.draining and all(backend.ready for backend in self.backends.values())
 
+    async def watch(self) -> None:
+        """Let the policies see the load between requests, too; goes on until it is cancelled.
+
+        Who comes when others have just been served sees a queue that is short for a moment.
+        """
+        while (by_load := self._policies.by_load) is not None:
+            by_load.observe(self.load())
+            await asyncio.sleep(by_load.tick_s)
+
     async def begin(
         self, kind: type[Talk], body: bytes, key: Key | None = None, quality: str | None = None
     ) -> Answering:

@@ -63,7 +63,7 @@ class ByLoad:
         self._sizes, self._clock = largest_first(sizes), clock
         self._queue, self._cache, self._ease = queue, cache, ease
         self._device = device
-        self._tick_s, self._down_ticks, self._up_ticks = tick_s, down_ticks, up_ticks
+        self.tick_s, self._down_ticks, self._up_ticks = tick_s, down_ticks, up_ticks
         self._margin, self._forget, self._settle_ticks = margin, forget, settle_ticks
         self._last = clock()
         self._pressed = self._eased = self._unsettled = 0  # ticks
@@ -88,11 +88,11 @@ class ByLoad:
         return Allowed(left, why)
 
     def observe(self, load: Load) -> None:
-        """Take note of the load, if a tick has passed. `allow` does; call it when nobody asks."""
-        ticks = math.floor((self._clock() - self._last) / self._tick_s)
+        """Take note of the load, if a tick has passed. `allow` does; call it in between, too."""
+        ticks = math.floor((self._clock() - self._last) / self.tick_s)
         if ticks < 1:
             return
-        self._last += ticks * self._tick_s
+        self._last += ticks * self.tick_s
         for level in self._carried:
             self._carried[level] *= (1 + self._forget) ** min(ticks, 10**6)
         if self._unsettled > 0:
