@@ -10,6 +10,7 @@ python -m bench.serve fuzz       10^5 bodies drawn from the API's own schema: no
 import argparse
 import asyncio
 import json
+import os
 import platform
 import random
 import statistics
@@ -182,7 +183,8 @@ def main() -> None:
         "load": lambda: load(args.seconds),
         "fuzz": lambda: fuzz(args.requests, args.concurrency or 8),
     }[args.what]
-    print(json.dumps({"claim": args.what, "machine": platform.processor(), **run()}, indent=1))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    print(json.dumps({"claim": args.what, "machine": machine, **run()}, indent=1))
 
 
 if __name__ == "__main__":
