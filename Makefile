@@ -32,9 +32,9 @@ check: $(BIN)/.installed
 	$(BIN)/pyright
 
 # a file's tests share what they made, so they stay in one process; files start in order of name, which
-# lets the longest ones begin early
+# lets the longest ones begin early; threads that wait leave the cores to the other process
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM's pins are not ours, and without torchvision's match its imports fail; llama.cpp is compiled
 $(ENGINES)/.installed: pyproject.toml engines/constraints.txt
