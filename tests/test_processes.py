@@ -104,9 +104,8 @@ def alike(one: Path, two: Path) -> None:
     found, expected = (load_file(each / folder / "model.safetensors") for each in (one, two))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        # Adam makes whole steps of gradients that are all rounding: a few numbers may part
-        apart = torch.linalg.vector_norm(found[name] - tensor)
-        assert apart <= 1e-3 * torch.linalg.vector_norm(tensor) + 1e-6, name
+        # Adam steps also where a gradient is all rounding: single numbers part by up to 7e-5
+        torch.testing.assert_close(found[name], tensor, atol=2e-4, rtol=1e-3, msg=name)
     assert declared(one) == declared(two)
 
 
