@@ -62,8 +62,11 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
-_HEADS = ("num_attention_heads", "num_key_value_heads")
+_WIDTHS = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "mamba_num_heads",
+)  # fmt: skip
 
 
 def write_parent(family: str, folder: Path, times: int) -> None:
@@ -80,8 +83,7 @@ def write_parent(family: str, folder: Path, times: int) -> None:
 
 
 def _wider(fields: dict[str, Any], times: int) -> dict[str, Any]:
-    wide = (*_WIDTHS, *_HEADS)
-    return {name: value * times if name in wide else value for name, value in fields.items()}
+    return {name: value * times if name in _WIDTHS else value for name, value in fields.items()}
 
 
 class Bench:
@@ -202,6 +204,11 @@ def interleaved(
     return found
 
 
+def ratio_of(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return median(a / b for a, b in zip(above, below, strict=True))
+
+
 def measure(bench: Bench, rounds: int) -> dict[str, Any]:
     """All figures of one checkpoint."""
 
@@ -220,7 +227,7 @@ def measure(bench: Bench, rounds: int) -> dict[str, Any]:
     found = interleaved(ways, rounds)
 
     def ratio(above: str, below: str) -> float:
-        return median(a / b for a, b in zip(found[above], found[below], strict=True))
+        return ratio_of(found[above], found[below])
 
     size, largest = bench.size, bench.largest
     memory = bench.memory()

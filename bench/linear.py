@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.engine import interleaved, ratio_of
 from star_elastic.serve.linear import linear_by_parts
 
 _SHAPES = [(1536, 512), (4096, 1024), (1024, 4096), (6144, 2048)]
@@ -33,28 +34,24 @@ def measure(
     """Microseconds a product, each way."""
     input_TI = torch.randn(tokens, weights[0].shape[1])
 
+    def stock(weight: Tensor) -> Tensor:
+        return F.linear(input_TI, weight)
+
     def shared(weight: Tensor) -> Tensor:
         return linear_by_parts(input_TI, weight, None, parts)
 
-    ways: dict[str, Callable[[], float]] = {
-        "linear": lambda: _each(lambda weight: F.linear(input_TI, weight), weights),
-        "parts": lambda: _each(shared, weights),
-        "parts of a copy": lambda: _each(shared, copies),
-    }
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            took = way()
-            if turn:
-                found[name].append(took)
+    def turn() -> dict[str, float]:
+        return {
+            "linear": _each(stock, weights),
+            "parts": _each(shared, weights),
+            "parts of a copy": _each(shared, copies),
+        }
 
-    def ratio(above: str, below: str) -> float:
-        pairs = zip(found[above], found[below], strict=True)
-        return round(median(a / b for a, b in pairs), 2)
-
+    found = interleaved({"turn": turn}, repeats)
+    linear, by_parts, of_a_copy = found.values()
     return {name: round(median(each), 1) for name, each in found.items()} | {
-        "gain": ratio("linear", "parts"),
-        "over_a_copy": ratio("parts", "parts of a copy"),
+        "gain": round(ratio_of(linear, by_parts), 2),
+        "over_a_copy": round(ratio_of(by_parts, of_a_copy), 2),
     }
 
 

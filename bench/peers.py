@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 
+from bench.engine import ratio_of
 from bench.peers_there import Ids, Spec
 from bench.serving import make_model
 from star_elastic import stock
@@ -147,7 +148,7 @@ class Bench:
             return row
         pairs = [("alone", "alone"), ("crowd", "crowd"), ("crowd", "one_by_one")]
         row["ours_over_it"] = {
-            f"{mine}/{its}": round(_ratio(ours[mine], found[its]), 3) for mine, its in pairs
+            f"{mine}/{its}": round(ratio_of(ours[mine], found[its]), 3) for mine, its in pairs
         }
         row["faster_alone"], row["faster_in_a_crowd"] = (
             "ours" if row["ours_over_it"][f"{name}/{name}"] > 1 else engine
@@ -158,10 +159,6 @@ class Bench:
         row["tokens_equal_ours"] = all(n == self.asked.tokens for n in same)
         row["least_tokens_equal"] = min(same)
         return row
-
-
-def _ratio(above: list[float], below: list[float]) -> float:
-    return median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _agreed(some: list[int], others: list[int]) -> int:

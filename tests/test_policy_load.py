@@ -141,6 +141,8 @@ def test_a_busy_gpu_presses_only_where_it_was_asked_for() -> None:
             clock.now += 0.25
             by_load.observe(load)
         assert by_load.level == level, (threshold, load)
+    with pytest.raises(ValueError, match="thresholds are positive"):
+        ByLoad(SIZES, Ticking(), device=0.0)
 
 
 def test_a_device_is_read_a_few_times_a_second_until_it_tells_nothing() -> None:

@@ -97,9 +97,9 @@ class Opened:
         return replace(self.weights, cache=self.worker.engine.cache_bytes)
 
     async def __aenter__(self) -> "Opened":
-        self.watching = asyncio.create_task(self.service.watch())
         if self.upstreams is not None:
             await self.upstreams.start()
+        self.watching = asyncio.create_task(self.service.watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -57,12 +57,12 @@ class ByLoad:
         Raises:
             ValueError: a threshold that is not positive, or an ease not below 1.
         """
-        positive = (queue, cache, tick_s, down_ticks, up_ticks, margin, device or 1)
+        self._device = math.inf if device is None else device
+        positive = (queue, cache, self._device, tick_s, down_ticks, up_ticks, margin)
         if min(positive) <= 0 or not 0 <= ease < 1:
             raise ValueError("by load: thresholds are positive, ease is in [0, 1)")
         self._sizes, self._clock = largest_first(sizes), clock
         self._queue, self._cache, self._ease = queue, cache, ease
-        self._device = device
         self.tick_s, self._down_ticks, self._up_ticks = tick_s, down_ticks, up_ticks
         self._margin, self._forget, self._settle_ticks = margin, forget, settle_ticks
         self._last = clock()
@@ -83,7 +83,7 @@ class ByLoad:
             f"load: at most {left[0].name} while {load.queued} wait, {load.running} run at "
             f"{load.tokens_per_second:.0f} tokens/s, cache {load.cache_used:.0%}"
         )
-        if self._device is not None and load.device_used is not None:
+        if self._device < math.inf and load.device_used is not None:
             why += f", device {load.device_used:.0%}"
         return Allowed(left, why)
 
@@ -98,7 +98,8 @@ class ByLoad:
         if self._unsettled > 0:
             self._unsettled -= ticks
             return
-        pressure = self._pressure(load)
+        device = (load.device_used or 0.0) / self._device
+        pressure = max(load.queued / self._queue, load.cache_used / self._cache, device)
         if pressure >= 1:
             # Nobody saw the ticks since the last one, so that only this one is known to be pressed.
             self._pressed, self._eased = self._pressed + 1, 0
@@ -108,13 +109,6 @@ class ByLoad:
         else:
             self._pressed, self._eased, self._most = 0, 0, 0.0
         self._move()
-
-    def _pressure(self, load: Load) -> float:
-        """The most pressed of queue, cache and device: 1 where it reaches its threshold."""
-        pressures = [load.queued / self._queue, load.cache_used / self._cache]
-        if self._device is not None and load.device_used is not None:
-            pressures.append(load.device_used / self._device)
-        return max(pressures)
 
     def _fits(self, load: Load) -> bool:
         """Could the next larger size carry this traffic, as far as is known?"""
