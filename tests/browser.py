@@ -127,7 +127,7 @@ def _driver() -> tuple[subprocess.Popen[str], str]:
     raise AssertionError("chromedriver does not start")
 
 
-def until(true: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
     """What `true` returns, as soon as it is true.
 
     Raises:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,18 +78,37 @@ class Server:
         assert lines[-1] == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
-    def wait_idle(self, seconds: float = 1.0) -> float:
-        """Until nothing runs and nothing waits; how long that took.
+    def wait_idle(self) -> None:
+        """Until nothing runs and nothing waits.
 
         Raises:
-            AssertionError: not within so many seconds.
+            AssertionError: something goes on.
         """
-        began = time.monotonic()
         worker = self.opened.worker
-        while self.opened.service.live or (worker is not None and worker.engine.busy):
-            assert time.monotonic() - began < seconds, "a request goes on"
-            time.sleep(0.01)
-        return time.monotonic() - began
+        until(lambda: not self.opened.service.live and not (worker and worker.engine.busy))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The engine takes no step and no request while the block runs; all of it waits."""
+        gate = threading.Event()
+        assert self.opened.worker is not None
+        self.opened.worker.post(gate.wait)
+        try:
+            yield
+        finally:
+            gate.set()
+
+
+def until(holds: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Wait for something that comes sooner on a machine with nothing else to do.
+
+    Raises:
+        AssertionError: not within so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.005)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def test_it_shows_the_sizes_and_asks_nobody_else(page: Browser, server: Server) 
 @in_browser
 def test_two_sizes_answer_side_by_side_and_html_stays_text(page: Browser) -> None:
     ask(page, "Say <b>hello</b>", ["full", "small"], 150)
-    until(lambda: page.text(".answer .phase") == "cut at the limit\ncut at the limit", 20)
+    until(lambda: page.text(".answer .phase") == "cut at the limit\ncut at the limit")
     assert page.text(".answer h3") == "full\nsmall"
     said = page.run("return [...document.querySelectorAll('.said')].map(e => e.textContent)")
     assert all("<script>document.title='hurt" in text for text in said)
@@ -158,7 +158,7 @@ def test_answers_stream_and_stop_frees_the_request(page: Browser, server: Server
     assert "go on" not in page.text(".requests")
     assert page.run("return document.documentElement.scrollWidth <= innerWidth")
     page.click("#stop")
-    server.wait_idle(1.0)
+    server.wait_idle()
     assert server.client.get("/status").json()["requests"] == []
     until(lambda: page.text(".answer .phase") == "stopped\nstopped")
     until(lambda: page.text("#running") == "0")
@@ -177,7 +177,7 @@ def test_keys_are_enough(page: Browser, server: Server) -> None:
     page.type("#prompt", "hello\ue009\ue007")  # Control, Enter
     until(lambda: page.text(".answer .phase").count("ing"))
     page.type("#prompt", "\ue00c")  # Escape
-    server.wait_idle(1.0)
+    server.wait_idle()
     until(lambda: set(page.text(".answer .phase").splitlines()) <= {"stopped", "cut at the limit"})
 
 

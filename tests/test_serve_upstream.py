@@ -296,7 +296,7 @@ def test_a_connection_that_is_never_closed(name: str) -> None:
 
     @with_servers(reply, between_bytes_s=20, usage_s=0.3)
     async def run(upstreams: Upstreams, server: Server) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             assert await answer(upstreams) == "all"
             await server.left.wait()
 
@@ -333,7 +333,7 @@ def test_a_slow_caller_holds_the_server_up() -> None:
             await anext(pieces)
         assert sum(written) > seen
         await pieces.aclose()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(25):
             await server.left.wait()
         assert upstreams.in_flight(server.url) == 0
 
@@ -353,13 +353,13 @@ async def test_who_goes_is_noticed(
     await until(lambda: len(two.asked) == 1)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(25):
         await asyncio.gather(one.left.wait(), two.left.wait())
     async with anyio.create_task_group() as group:  # as Starlette does, and it cancels for good
         group.start_soon(collect, upstreams.answers(asked(prompt=(1,)), "small"))
         await until(lambda: len(three.asked) == 1)
         group.cancel_scope.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(25):
         await three.left.wait()
     assert [state.in_flight for state in upstreams.states()] == [0, 0, 0]
     assert upstreams.load().running == upstreams.load().queued == 0

@@ -205,7 +205,7 @@ async def answer(upstreams: Upstreams, wanted: Asked | None = None, size: str = 
     return "".join(piece.parts.content for piece in found if piece.index == 0)
 
 
-async def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(true: Callable[[], bool], seconds: float = 25.0) -> None:
     """Wait for something that should come true."""
     async with asyncio.timeout(seconds):
         while not true():
