@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
-# One thread per operation: on models this small more threads only wait for one another.
-torch.set_num_threads(1)
+# One thread per operation, in processes that tests start, too: on models this small more threads
+# only wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Where transformers would copy and run a folder's own code; a test watches it.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -14,7 +14,7 @@ from star_elastic.folder import CheckpointError
 
 
 @contextmanager
-def promptly(cpu: float = 1.0, wall: float = 10.0) -> Iterator[None]:
+def promptly(cpu: float = 4.0, wall: float = 30.0) -> Iterator[None]:
     """Seconds of computing, and of waiting for a pipe that nobody writes to."""
 
     def give_up(*_: Any) -> None:

@@ -1,7 +1,6 @@
 """The command line, driven as a user drives it: real checkpoints, real processes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import Command, cli
 from transformers import AutoModelForCausalLM
 
 from demo.problems import make_problems, write_jsonl
@@ -46,14 +46,6 @@ KEYS = {
     "trained",
     "quality",
 }
-
-
-def cli(*words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `star-elastic` in a process of its own."""
-    command = [sys.executable, "-m", "star_elastic", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, input="", timeout=240)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -168,15 +160,14 @@ def test_chat_with_an_unknown_size_lists_those_there_are(run: Path) -> None:
 def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(run: Path) -> None:
     out = run / "interrupted"
     words = ["train", run / "elastic.yaml", "--out", out, "--set", "train.stages.0.steps=400"]
-    command = [sys.executable, "-m", "star_elastic", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = Command(*words)
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.returncode is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
     assert process.returncode == 130
     assert "--resume" in errors and "Traceback" not in errors
     done = json.loads(metrics.read_text().splitlines()[-1])["step"]

@@ -40,8 +40,7 @@ def driven(kind: str, source: Path, *verbs: str) -> dict[str, Any]:
     """What tests/crash.py, a process of one thread, found."""
     script = str(Path(__file__).with_name("crash.py"))
     words = [sys.executable, script, kind, str(source), *verbs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

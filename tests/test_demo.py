@@ -14,15 +14,16 @@ from star_elastic.evaluate import evaluate_size, mean
 from star_elastic.records import read_records
 
 ROOT = Path(__file__).parents[1]
-STEPS = 150
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the line."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    words = ["--out", folder, "--train-records", 6000, "--heldout-records", 90]
-    words += ["--set", f"train.stages.0.steps={STEPS}", "--set", "train.stages.0.warmup_steps=10"]
+    words = ["--out", folder, "--train-records", 3000, "--heldout-records", 45]
+    words += ["--set", f"train.stages.0.steps={STEPS}", "--set", "train.stages.0.warmup_steps=6"]
+    words += ["--set", "rank.samples=128"]
     command = [sys.executable, "-m", "demo.run", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -59,7 +60,7 @@ def test_the_line_leaves_what_it_promises(out: Path) -> None:
 def test_training_makes_the_small_size_better_than_sorting_does(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     trained, untrained = report["elastic"]["small"], report["sorted"]["small"]
-    assert mean(trained, "nll") < 0.5 * mean(untrained, "nll")
+    assert mean(trained, "nll") < 0.2 * mean(untrained, "nll")
     parent = mean(report["parent"], "nll")
     assert mean(report["sorted"]["full"], "nll") == pytest.approx(parent, rel=1e-3)
 

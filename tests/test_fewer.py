@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from codes import GROUP, encoded, form_of, meaning, raw
+from command import cli
 from folders import edit_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, logits, token_ids
 from safetensors.torch import load_file
-from test_cli import cli
 from test_quantize import WEIGHTS, parent_of, quantized
 
 from star_elastic.checkpoint import Checkpoint

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import cli
 from models import SMALL, elastic, letters_tokenizer
 from typer.testing import CliRunner, Result
 
@@ -187,7 +186,6 @@ def test_bad_input_is_one_line(made: Path, words: list[str], complaint: str) -> 
 
 
 def test_the_command_ends_with_one_line_and_no_traceback(made: Path) -> None:
-    command = [sys.executable, "-m", "star_elastic", "fit", str(made / "m"), "--params", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = cli("fit", made / "m", "--params", 10, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: budget 10 parameters")
     assert done.stderr.count("\n") == 1

@@ -6,8 +6,6 @@ What llama.cpp makes of them is held in `engines/test_llama_cpp.py`.
 import importlib.util
 import json
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from codes import meaning
+from command import cli
 from folders import edit_elastic, edit_json, edit_tensors
 from gguf import GGUFReader
 from gguf.quants import dequantize
@@ -260,15 +259,12 @@ def test_the_checkpoints_own_files_stay(tmp_path: Path) -> None:
 def test_the_verb(tmp_path: Path) -> None:
     opened = checkpoint(tmp_path / "e")
     edit_elastic(tmp_path / "e", lambda e: [s.update(trained=False) for s in e["submodels"][1:]])
-    command = [sys.executable, "-m", "star_elastic", "export", str(tmp_path / "e"), "--to", "gguf"]
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *words], capture_output=True, text=True, timeout=120)
-
-    done = run("--size", "small", "--type", "bf16", "--out", str(tmp_path / "a.gguf"))
+    words = ["export", tmp_path / "e", "--to", "gguf"]
+    done = cli(*words, "--size", "small", "--type", "bf16", "--out", tmp_path / "a.gguf")
     assert f"a.gguf: small, {opened.size('small').total_params:,} parameters" in done.stdout
     assert "BF16" in done.stdout and "never trained" in done.stderr
-    done = run("--set", "hidden_size=24", "--out", str(tmp_path / "b.gguf"))
+    done = cli(*words, "--set", "hidden_size=24", "--out", tmp_path / "b.gguf")
     assert fields(tmp_path / "b.gguf")["nemotron_h_moe.embedding_length"] == 24
     assert "nobody trained or measured this very size" in done.stderr
-    assert run("--out", str(tmp_path / "c.gguf")).stderr.startswith("error: export: say either")
+    failed = cli(*words, "--out", tmp_path / "c.gguf", check=False)
+    assert failed.stderr.startswith("error: export: say either")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import Command
 from models import CONFIGS, SMALL, letters_tokenizer, tiny
 from safetensors.torch import load_file
 
@@ -71,20 +73,21 @@ def fresh(folder: Path) -> Path:
     return recipe(folder, "nemotron_h", {}, parent=None, init=init, balance={"rate": 0.01})
 
 
-def start(plan: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
-    """Two processes, in a group of their own."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    words = [*launch, "-m", "star_elastic", "train", str(plan), "--out", str(out), *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, stdout=-1, stderr=-1, text=True, env=environment, start_new_session=True
-    )
+def begin(*words: object) -> list[Command]:
+    """`star-elastic WORDS` in two processes, as torchrun would have them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"TORCHELASTIC_RUN_ID": "tests"}
+    ranks = ("0", "1")
+    return [Command(*words, environment={**shared, "RANK": n, "LOCAL_RANK": n}) for n in ranks]
 
 
 def run(plan: Path, out: Path, *more: str) -> None:
-    done = start(plan, out, *more)
-    _, said = done.communicate(timeout=240)
-    assert done.returncode == 0, said
+    for process in begin("train", plan, "--out", out, *more):
+        _, said = process.communicate()
+        assert process.returncode == 0, said
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
@@ -140,7 +143,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path: Path) 
     """Two processes, asked to stop; one, asked to stop; two again to the end: as one."""
     made, out = hybrid(tmp_path), tmp_path / "out"
     train(load_recipe(made), tmp_path / "whole")
-    going = start(made, out)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = [*launch, "-m", "star_elastic", "train", str(made), "--out", str(out)]
+    going = subprocess.Popen(words, stdout=-1, stderr=-1, text=True, start_new_session=True)
     end = time.monotonic() + 120
     while not logged(out) and going.poll() is None and time.monotonic() < end:
         time.sleep(0.005)
@@ -159,8 +164,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path: Path) 
 
 def test_processes_must_divide_the_draws(tmp_path: Path) -> None:
     """Said before anything is ranked."""
-    done = start(dense(tmp_path), tmp_path / "out", "--set", "train.same_size=1")
-    _, said = done.communicate(timeout=120)
-    assert done.returncode != 0
+    plan, out = dense(tmp_path), tmp_path / "out"
+    done = begin("train", plan, "--out", out, "--set", "train.same_size=1")
+    said = "".join(process.communicate()[1] for process in done)
+    assert [process.returncode for process in done] == [1, 1]
     assert "error: train.same_size = 1: with 2 processes it must be a multiple of 2" in said
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from codes import NAMES, encoded, form_of, meaning, raw
+from command import cli
 from compressed_tensors.quantization import QuantizationConfig
 from folders import edit_tensors
 from models import CONFIGS, FAMILIES, ORDER, same, tiny
 from safetensors.torch import load_file
-from test_cli import cli
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 

@@ -1,13 +1,12 @@
 """`star-elastic rank`, driven as a user drives it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import cli
 from folders import stock_load
 from models import letters_tokenizer, logits, same, tiny, token_ids
 from safetensors.torch import load_file
@@ -35,11 +34,8 @@ def verb(*words: object) -> None:
 
 
 def test_the_verb_end_to_end(parent: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "star_elastic", "rank", parent, "--out", tmp_path / "a"]
-    command += ["--data", parent.parent / "data.jsonl", "--samples", "8", "--max-length", "16"]
-    command += ["--depth", "--one-block"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    words = ["rank", parent, "--out", tmp_path / "a", "--data", parent.parent / "data.jsonl"]
+    done = cli(*words, "--samples", 8, "--max-length", 16, "--depth", "--one-block")
     assert "by importance on 8 samples" in done.stdout and "not trained" in done.stderr
     first = Checkpoint.open(tmp_path / "a")
     line = next(li for li in done.stdout.splitlines() if li.startswith("layers, best first: "))

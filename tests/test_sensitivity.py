@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from codes import form_of
+from command import cli
 from models import letters_tokenizer
-from test_cli import cli
 from test_quantize import SMALL, parent_of
 
 from star_elastic.checkpoint import Checkpoint

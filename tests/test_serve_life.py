@@ -2,8 +2,6 @@
 
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from command import Command
 from serving import NAME, Server, model, served, until
 
 from star_elastic.serve.opening import Capacity
@@ -192,17 +191,17 @@ class SlowSteps:
 
 
 @contextmanager
-def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def process(folder: Path, *options: str) -> Iterator[tuple[Command, str]]:
     """`star-elastic serve` in a process of its own, once it is ready."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "star_elastic", "serve", str(folder), "--port", port]
-    child = subprocess.Popen([*command, "--max-length", "250", "--slots", "4", *options])
+    words = ["serve", folder, "--port", port, "--max-length", 250, "--slots", 4, *options]
+    child = Command(*words)
 
     def ready() -> bool:
-        assert child.poll() is None, "it did not start"
+        assert child.returncode is None, "it did not start"
         try:
             return httpx2.get(f"{url}/ready").status_code == 200
         except httpx2.ConnectError:

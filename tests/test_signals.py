@@ -1,11 +1,8 @@
 """A run that is killed or asked to stop, again and again, ends like one that was not (I8)."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import Command
 from models import SMALL, letters_tokenizer, tiny
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,10 +43,8 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
-def start(recipe: Path, out: Path) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "star_elastic", "train", str(recipe), "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*words, "--resume"], stdout=-1, stderr=-1, text=True, env=environment)
+def start(recipe: Path, out: Path) -> Command:
+    return Command("train", recipe, "--out", out, "--resume")
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
@@ -58,10 +54,10 @@ def logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
 
 
-def until(run: "subprocess.Popen[str]", out: Path, steps: int) -> None:
+def until(run: Command, out: Path, steps: int) -> None:
     """Wait until a run has logged so many steps, or is over."""
     end = time.monotonic() + 120
-    while len(logged(out)) < steps and run.poll() is None and time.monotonic() < end:
+    while len(logged(out)) < steps and run.returncode is None and time.monotonic() < end:
         time.sleep(0.002)
 
 

@@ -5,6 +5,7 @@ Verbs import torch and transformers when they run, so that `--help` answers at o
 
 import os
 import sys
+from collections.abc import Sequence
 
 import typer
 
@@ -70,13 +71,18 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 1."""
-    flags = {word.partition("=")[0] for word in sys.argv}
-    if sys.argv[1:] and sys.argv[1] in _MOVING_BYTES and not _BUDGETS & flags:
+    if not needs_torch(sys.argv[1:]):
         _spare_torch()
     try:
         build_app()()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def needs_torch(words: Sequence[str]) -> bool:
+    """Whether what a user wrote runs a model; what only moves bytes does not."""
+    flags = {word.partition("=")[0] for word in words}
+    return not words or words[0] not in _MOVING_BYTES or bool(_BUDGETS & flags)
 
 
 def _spare_torch() -> None:
