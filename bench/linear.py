@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.engine import interleaved, ratio_of
-from star_elastic.serve.linear import linear_by_parts
+from star_elastic.serve.linear import linear_by_parts, parts_of
 
 _SHAPES = [(1536, 512), (4096, 1024), (1024, 4096), (6144, 2048)]
 _SHARES = [1.0, 0.75, 0.5]
@@ -29,10 +29,11 @@ _BYTES = 3 * 2**27  # of all weights of a shape
 
 
 def measure(
-    weights: Sequence[Tensor], copies: Sequence[Tensor], tokens: int, parts: int, repeats: int
+    weights: Sequence[Tensor], copies: Sequence[Tensor], tokens: int, cores: int, repeats: int
 ) -> dict[str, float]:
     """Microseconds a product, each way."""
     input_TI = torch.randn(tokens, weights[0].shape[1])
+    parts = parts_of(len(weights[0]), cores)
 
     def stock(weight: Tensor) -> Tensor:
         return F.linear(input_TI, weight)

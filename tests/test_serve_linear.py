@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from star_elastic.serve.engine import Engine
-from star_elastic.serve.linear import SharedLinear, linear_by_parts, share_linears
+from star_elastic.serve.linear import SharedLinear, linear_by_parts, parts_of, share_linears
 
 
 @given(
@@ -31,6 +31,16 @@ def test_parts_are_the_whole(
     input = torch.randn(*shape, inputs, dtype=torch.float64)
     found = linear_by_parts(input, weight, bias, parts)
     torch.testing.assert_close(found, F.linear(input, weight, bias), rtol=1e-12, atol=1e-12)
+
+
+@given(outputs=st.integers(1, 5000), cores=st.integers(1, 64))
+def test_a_layer_gives_every_core_a_part_worth_a_call_or_stays_whole(
+    outputs: int, cores: int
+) -> None:
+    parts = parts_of(outputs, cores)
+    assert parts == 1 or (cores <= parts <= 4 * cores and outputs // parts >= 16)
+    even = [n for n in range(cores, 4 * cores + 1) if outputs % n == 0 and outputs // n >= 16]
+    assert outputs % parts == 0 or not even
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 150])

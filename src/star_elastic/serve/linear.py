@@ -8,12 +8,15 @@ view's rows included. `python -m bench.linear` has the figures.
 Shapes: T tokens, O outputs, I inputs, P parts of the outputs.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 _TOKENS = 128  # of more than these the cores share a product by themselves
-_OUTPUTS = 16  # of a part; fewer are not worth a call
+_OUTPUTS = 16  # of a part at least; fewer are not worth a call
+_PARTS = 4  # for each core at most, so that a part's share of a wide weight stays in its cache
 
 
 class SharedLinear(nn.Linear):
@@ -22,7 +25,8 @@ class SharedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.numel() > _TOKENS * self.in_features:
             return super().forward(input)
-        return linear_by_parts(input, self.weight, self.bias, torch.get_num_threads())
+        parts = parts_of(self.out_features, torch.get_num_threads())
+        return linear_by_parts(input, self.weight, self.bias, parts)
 
 
 def share_linears(model: nn.Module) -> None:
@@ -39,6 +43,15 @@ def _pays(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
+@cache
+def parts_of(outputs: int, cores: int) -> int:
+    """Into how many parts a layer of so many outputs goes; they are all equal, if they can be."""
+    most = min(_PARTS * cores, outputs // _OUTPUTS)
+    if cores == 1 or most < cores:
+        return 1
+    return next((parts for parts in range(most, cores - 1, -1) if outputs % parts == 0), most)
+
+
 def linear_by_parts(input: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: int) -> Tensor:
     """`F.linear`, up to the order of its sums, as a batch of `parts` products (..., O).
 
@@ -46,7 +59,7 @@ def linear_by_parts(input: Tensor, weight_OI: Tensor, bias_O: Tensor | None, par
     """
     outputs = len(weight_OI)
     each = outputs // parts
-    if parts == 1 or each < _OUTPUTS:
+    if parts == 1 or not each:
         return F.linear(input, weight_OI, bias_O)
     even = parts * each
     input_TI = input.reshape(-1, input.shape[-1])
