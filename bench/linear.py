@@ -4,8 +4,9 @@
 
 Weights of some shapes, and views of three quarters and of half of them, more of each than caches
 hold, in turns: `F.linear` against `linear_by_parts`. Microseconds a product, medians of the rounds;
-`gain` is how many times faster the latter is, and `over_a_copy` what it takes on the view over what
-it takes on a copy without gaps.
+`gain` is how many times faster the latter is, `over_one_each` how many times faster than with one
+part for each core, and `over_a_copy` what it takes on the view over what it takes on a copy without
+gaps.
 """
 
 import argparse
@@ -38,20 +39,25 @@ def measure(
     def stock(weight: Tensor) -> Tensor:
         return F.linear(input_TI, weight)
 
+    def one_each(weight: Tensor) -> Tensor:
+        return linear_by_parts(input_TI, weight, None, cores)
+
     def shared(weight: Tensor) -> Tensor:
         return linear_by_parts(input_TI, weight, None, parts)
 
     def turn() -> dict[str, float]:
         return {
             "linear": _each(stock, weights),
+            "a part a core": _each(one_each, weights),
             "parts": _each(shared, weights),
             "parts of a copy": _each(shared, copies),
         }
 
     found = interleaved({"turn": turn}, repeats)
-    linear, by_parts, of_a_copy = found.values()
+    linear, by_cores, by_parts, of_a_copy = found.values()
     return {name: round(median(each), 1) for name, each in found.items()} | {
         "gain": round(ratio_of(linear, by_parts), 2),
+        "over_one_each": round(ratio_of(by_cores, by_parts), 2),
         "over_a_copy": round(ratio_of(by_parts, of_a_copy), 2),
     }
 

@@ -4,8 +4,6 @@ import base64
 import json
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +123,3 @@ def _driver() -> tuple[subprocess.Popen[str], str]:
         driver.stdout.close()
         driver.wait(10)
     raise AssertionError("chromedriver does not start")
-
-
-def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
-    """What `true` returns, as soon as it is true.
-
-    Raises:
-        AssertionError: it was not, within the time.
-    """
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.05)
-    return found

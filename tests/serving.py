@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import httpx2
 import uvicorn
 from byte_level import TOKENS, tokenizer
 from models import elastic
+from waiting import until
 
 from star_elastic.checkpoint import Checkpoint
 from star_elastic.model import ElasticModel
@@ -97,18 +98,6 @@ class Server:
             yield
         finally:
             gate.set()
-
-
-def until(holds: Callable[[], Any], seconds: float = 30.0) -> None:
-    """Wait for something that comes sooner on a machine with nothing else to do.
-
-    Raises:
-        AssertionError: not within so many seconds.
-    """
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.005)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import until
 from byte_level import tokenizer
 from serving import THINKING, Server, model, served
 from typer.testing import CliRunner, Result
+from waiting import until
 
 from star_elastic.cli import build_app
 from star_elastic.cli.talk import Account

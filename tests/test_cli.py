@@ -4,13 +4,13 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from command import Command, cli
 from transformers import AutoModelForCausalLM
+from waiting import until
 
 from demo.problems import make_problems, write_jsonl
 from demo.tokenizer import build_tokenizer
@@ -162,10 +162,7 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_does(run: Path) -> None
     words = ["train", run / "elastic.yaml", "--out", out, "--set", "train.stages.0.steps=400"]
     process = Command(*words)
     metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.returncode is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, 120)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130

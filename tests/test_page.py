@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 import pytest
-from browser import Browser, lacking, until
+from browser import Browser, lacking
 from byte_level import TOKENS, tokenizer
 from models import elastic
 from serving import NAME, THINKING, Server, served
+from waiting import until
 
 from star_elastic.model import ElasticModel
 from star_elastic.serve.api.page import paths

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from serving import NAME, Server, model, served, until
+from serving import NAME, Server, model, served
+from waiting import until
 
 from star_elastic.serve.difficulty.file import (
     Difficulty,

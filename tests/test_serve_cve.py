@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from folders import edit_header, edit_json
-from serving import NAME, Server, model, served, until
+from serving import NAME, Server, model, served
 from test_serve_life import address, request_bytes
+from waiting import until
 
 from star_elastic.folder import CheckpointError
 from star_elastic.model import ElasticModel

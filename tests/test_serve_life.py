@@ -12,7 +12,8 @@ from typing import Any
 import httpx2
 import pytest
 from command import Command
-from serving import NAME, Server, model, served, until
+from serving import NAME, Server, model, served
+from waiting import until
 
 from star_elastic.serve.opening import Capacity
 

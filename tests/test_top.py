@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from browser import until
 from rich.console import Console
 from serving import NAME, Server, model, served
+from waiting import until
 
 from star_elastic.cli.top import frame
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_TOKENS = 128  # of more than these the cores share a product by themselves
+_TOKENS = 256  # of more than these the cores share a product by themselves
 _OUTPUTS = 16  # of a part at least; fewer are not worth a call
 _PARTS = 4  # for each core at most, so that a part's share of a wide weight stays in its cache
 
