@@ -29,14 +29,9 @@ class Command:
         self._said = tempfile.TemporaryDirectory(prefix="command-")
         files = [str(Path(self._said.name, name)) for name in ("stdout", "stderr")]
         self._files = [Path(file) for file in files]
-        target = (list(map(str, words)), files, dict(environment or {}))
-        self._process = _context().Process(target=_run, args=target, daemon=True)
+        told = (list(map(str, words)), files, dict(environment or {}))
+        self._process = _context().Process(target=_run, args=told, daemon=True)
         self._process.start()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid
-        return self._process.pid
 
     @property
     def returncode(self) -> int | None:
@@ -44,8 +39,8 @@ class Command:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
+        if self.returncode is None and self._process.pid:
+            os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

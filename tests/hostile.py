@@ -14,7 +14,7 @@ from star_elastic.folder import CheckpointError
 
 
 @contextmanager
-def promptly(cpu: float = 4.0, wall: float = 30.0) -> Iterator[None]:
+def promptly(cpu: float = 1.0, wall: float = 10.0) -> Iterator[None]:
     """Seconds of computing, and of waiting for a pipe that nobody writes to."""
 
     def give_up(*_: Any) -> None:
@@ -32,9 +32,9 @@ def promptly(cpu: float = 4.0, wall: float = 30.0) -> Iterator[None]:
 
 
 @contextmanager
-def answers(folder: Path, *named: str) -> Iterator[None]:
+def answers(folder: Path, *named: str, cpu: float = 1.0) -> Iterator[None]:
     """What is done here is an error that names these, short enough for a terminal."""
-    with promptly(), pytest.raises(CheckpointError) as error:
+    with promptly(cpu), pytest.raises(CheckpointError) as error:
         yield
     message = str(error.value)
     assert message.isprintable() and len(message) < 1000
@@ -43,7 +43,7 @@ def answers(folder: Path, *named: str) -> Iterator[None]:
         assert each in message, message
 
 
-def refuses(folder: Path, *named: str) -> None:
+def refuses(folder: Path, *named: str, cpu: float = 1.0) -> None:
     """Opening it is such an error."""
-    with answers(folder, *named):
+    with answers(folder, *named, cpu=cpu):
         Checkpoint.open(folder)

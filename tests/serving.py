@@ -79,14 +79,22 @@ class Server:
         assert lines[-1] == "data: [DONE]"
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
-    def wait_idle(self) -> None:
-        """Until nothing runs and nothing waits.
+    def tokens(self) -> int:
+        """How many the engine has made so far."""
+        worker = self.opened.worker
+        return (
+            sum(size.output_tokens for size in worker.engine.stats.sizes.values()) if worker else 0
+        )
+
+    def wait_idle(self) -> int:
+        """Until nothing runs and nothing waits; how many tokens were made meanwhile.
 
         Raises:
             AssertionError: something goes on.
         """
-        worker = self.opened.worker
+        worker, before = self.opened.worker, self.tokens()
         until(lambda: not self.opened.service.live and not (worker and worker.engine.busy))
+        return self.tokens() - before
 
     @contextmanager
     def held(self) -> Iterator[None]:

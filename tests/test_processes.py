@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from command import Command
 from models import CONFIGS, SMALL, letters_tokenizer, tiny
 from safetensors.torch import load_file
+from waiting import until
 
 from star_elastic.train.callbacks import Callback
 from star_elastic.train.interrupt import Interrupted
@@ -146,9 +146,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(tmp_path: Path) 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = [*launch, "-m", "star_elastic", "train", str(made), "--out", str(out)]
     going = subprocess.Popen(words, stdout=-1, stderr=-1, text=True, start_new_session=True)
-    end = time.monotonic() + 120
-    while not logged(out) and going.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
+    until(lambda: logged(out) or going.poll() is not None, 120)
     os.killpg(going.pid, signal.SIGTERM)
     _, said = going.communicate(timeout=120)
     assert going.returncode != 0 and "to go on:" in said, said

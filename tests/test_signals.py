@@ -14,6 +14,7 @@ from command import Command
 from models import SMALL, letters_tokenizer, tiny
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from waiting import until
 
 from star_elastic.train.recipe import load_recipe
 from star_elastic.train.run import train
@@ -54,11 +55,9 @@ def logged(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
 
 
-def until(run: Command, out: Path, steps: int) -> None:
-    """Wait until a run has logged so many steps, or is over."""
-    end = time.monotonic() + 120
-    while len(logged(out)) < steps and run.returncode is None and time.monotonic() < end:
-        time.sleep(0.002)
+def wait_for(run: Command, out: Path, steps: int) -> None:
+    """Until it has logged so many steps, or is over."""
+    until(lambda: len(logged(out)) >= steps or run.returncode is not None, 120)
 
 
 def test_a_run_that_is_stopped_in_every_way_ends_like_one_that_was_not(
@@ -69,7 +68,7 @@ def test_a_run_that_is_stopped_in_every_way_ends_like_one_that_was_not(
     kill, term, press = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
     for number in (kill, term, kill, press, kill):
         run = start(recipe, out)
-        until(run, out, len(logged(out)) + draw.randint(1, 3))
+        wait_for(run, out, len(logged(out)) + draw.randint(1, 3))
         time.sleep(draw.uniform(0, 0.05))
         run.send_signal(number)
         _, said = run.communicate()
@@ -80,7 +79,7 @@ def test_a_run_that_is_stopped_in_every_way_ends_like_one_that_was_not(
             assert "to go on:" in said and "--resume" in said and "Traceback" not in said
             assert [path.suffix for path in (out / "state").iterdir()] == [""]
     last = start(recipe, out)
-    until(last, out, STEPS)
+    wait_for(last, out, STEPS)
     last.kill()  # while it writes what it has trained, or when it has
     last.communicate()
     last = start(recipe, out)
